@@ -1,0 +1,23 @@
+"""Package metadata. Install with `pip install -e . -c constraints.txt` to get the versions the tests ran with."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = next(line.split('"')[1] for line in (here / "llama/__init__.py").open() if line.startswith("__version__"))
+
+setup(
+    name="llama",
+    version=version,
+    description="Llama 2 inference: readable, exact, on any device and any number of ranks",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["llama"],
+    python_requires=">=3.10",
+    install_requires=(here / "requirements.txt").read_text().split(),
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5.0", "ruff>=0.15"],
+    },
+)

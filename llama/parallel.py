@@ -1,0 +1,201 @@
+"""Model parallelism: the process group, and fairscale's layers made to hold one rank's share and nothing else.
+
+With one rank there is no process group, no socket and no collective, and no environment variable is needed. With
+several, each holds a slice of every matrix (Megatron-LM, arXiv:1909.08053, section 3): column-parallel layers cut the
+output features, row-parallel ones the input features and add up their results, the embedding its features.
+
+Only this module imports fairscale and `torch.distributed`, and only this module reads the environment, for what
+`torchrun` says there. It knows nothing of Llama, of weight names or of tokens.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fairscale.nn.model_parallel import initialize as fairscale_state
+from fairscale.nn.model_parallel import layers as fairscale_layers
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # of a weight that no checkpoint fills: training begins there
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) of the whole job."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_world() -> tuple[int, int]:
+    """(rank, number of processes) on this machine."""
+    rank, count = world()
+    return int(os.environ.get("LOCAL_RANK", rank)), int(os.environ.get("LOCAL_WORLD_SIZE", count))
+
+
+def size() -> int:
+    """Ranks that share one model."""
+    if not fairscale_state.model_parallel_is_initialized():
+        return 1
+    return fairscale_state.get_model_parallel_world_size()
+
+
+def rank() -> int:
+    """This process's place among the ranks that share its model."""
+    return fairscale_state.get_model_parallel_rank() if size() > 1 else 0
+
+
+def initialize(model_parallel_size: int | None, backend: str | None, device: torch.device) -> None:
+    """Form groups of `model_parallel_size` ranks (all by default) that share one model each.
+
+    `backend` is the collective library for `device`, None where there is none. A process group that exists is used
+    and left alone; one made here is destroyed at exit, and an exception that nothing catches on one rank ends the job
+    at once, with that rank's message alone. Raises `ValueError` for a size that does not divide the job.
+    """
+    _, count = world()
+    ranks = count if model_parallel_size is None else model_parallel_size
+    if ranks < 1 or count % ranks:
+        raise ValueError(
+            f"model_parallel_size is {ranks}, but this job has {count} process{'es' * (count > 1)}; start it with "
+            f"`torchrun --standalone --nproc_per_node {max(ranks, 1)} ...`, or leave the argument out."
+        )
+    if fairscale_state.model_parallel_is_initialized():
+        if size() != ranks:
+            raise ValueError(f"This process already shares models over {size()} ranks; it cannot now use {ranks}.")
+        return
+    if ranks == 1:
+        return
+    if backend is None:
+        raise ValueError(f"Collectives do not work on {device.type}; use one process there, or device='cpu'.")
+    if not dist.is_initialized():
+        store, number, count = next(dist.rendezvous("env://"))
+        device_id = device if device.index is not None else None
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=device_id)
+        atexit.register(close)
+        end_job_on_error(store)
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines
+        fairscale_state.initialize_model_parallel(ranks)
+
+
+def close() -> None:
+    """Destroy the groups that `initialize` made; the model-parallel state goes first, as it refers to the other."""
+    fairscale_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_job_on_error(store: dist.Store) -> None:
+    """On an exception that nothing catches: print it if no other rank has failed before, and end this process.
+
+    The other ranks then fail in their next collective, which would add a traceback each; the count in the store keeps
+    them silent. Leaving without the usual clean-up keeps a rank from waiting for peers that will never answer.
+    """
+    shown = sys.excepthook
+
+    def end_job(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        try:
+            first = store.add("llama/failed ranks", 1) == 1
+        except RuntimeError:  # the store is gone with the rank that kept it
+            first = True
+        if first:
+            shown(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    sys.excepthook = end_job
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """The tensor of the group's first rank, in place, on all of its ranks."""
+    if size() > 1:
+        source = fairscale_state.get_model_parallel_src_rank()
+        dist.broadcast(x, source, group=fairscale_state.get_model_parallel_group())
+    return x
+
+
+def broadcast_object(value: Any, device: torch.device) -> Any:
+    """The (picklable) object of the group's first rank on all of its ranks; `device` carries it."""
+    if size() == 1:
+        return value
+    box = [value]
+    source, group = fairscale_state.get_model_parallel_src_rank(), fairscale_state.get_model_parallel_group()
+    dist.broadcast_object_list(box, source, group=group, device=device)
+    return box[0]
+
+
+def gather_features(x: Tensor) -> Tensor:
+    """Put the ranks' shares of the last dimension side by side, on every rank."""
+    if size() == 1:
+        return x
+    shares = [torch.empty_like(x) for _ in range(size())]
+    dist.all_gather(shares, x.contiguous(), group=fairscale_state.get_model_parallel_group())
+    return torch.cat(shares, dim=-1)
+
+
+def initialize_weight_(weight: Tensor) -> None:
+    """Small normal numbers, for training from scratch; nothing on the meta device, where a checkpoint will follow."""
+    if not weight.is_meta:
+        nn.init.normal_(weight, std=INIT_STD)
+
+
+class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
+    """x W' with the rows of W (the output features) shared out, whole only where `gather_output` says so.
+
+    fairscale's constructor would build the full matrix on every rank and on the CPU; this one makes the share alone,
+    on any device, meta included. Features that the ranks do not divide are padded at the end and cut off again.
+    """
+
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.output_size_per_partition = -(-out_features // size())
+        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
+        self.register_parameter("bias", None)
+        initialize_weight_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out / ranks), or (..., out) if gathered."""
+        y = F.linear(x, self.weight)
+        return gather_features(y)[..., : self.out_features] if self.gather_output else y
+
+
+class RowParallelLinear(fairscale_layers.RowParallelLinear):
+    """x W' with the columns of W (the input features) shared out; each rank has its share of x, all get the sum."""
+
+    def __init__(self, in_features: int, out_features: int):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.input_size_per_partition = in_features // size()
+        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
+        self.register_parameter("bias", None)
+        initialize_weight_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in / ranks) -> (..., out)."""
+        y = F.linear(x, self.weight)
+        if size() > 1:
+            dist.all_reduce(y, group=fairscale_state.get_model_parallel_group())
+        return y
+
+
+class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
+    """A row of features for each id, the features shared out and gathered."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.embedding_dim_per_partition = embedding_dim // size()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
+        initialize_weight_(self.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, C)."""
+        return gather_features(F.embedding(ids, self.weight))

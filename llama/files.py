@@ -1,0 +1,32 @@
+"""What a file is before anything parses it: the wrong files people have under the right names.
+
+A parser's own words for an error page or a pointer file ("magic number", "protobuf") help nobody. This module reads
+the first bytes and knows nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+
+def describe(path: Path) -> str | None:
+    """What stands in place of a binary model file, in words, or None for something that may be one."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "an empty file"
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer (run `git lfs pull` where it was cloned)"
+    if re.match(rb"\s*<(!doctype|html|\?xml|head|error)", head, re.IGNORECASE):
+        return "an HTML or XML page saved in its place (a failed download)"
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", head):
+        return "a Llama 3 (tiktoken) tokenizer, which Llama 2 models do not use"
+    return None
+
+
+def listing(folder: Path, limit: int = 8) -> str:
+    """The names in a folder, for a message that says what was found instead."""
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"

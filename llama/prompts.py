@@ -1,0 +1,96 @@
+"""Dialogs to token ids, in the form Llama 2's chat models were trained on.
+
+One exchange is a user turn with its answer. Each is encoded on its own, so special ids stand exactly here:
+
+    BOS [INST] <<SYS>>
+    system
+    <</SYS>>
+
+    first question [/INST] first answer EOS BOS [INST] second question [/INST]
+
+The tags are ordinary text; only BOS and EOS are ids. Encoding the joined text in one piece would give other ids.
+Source: Llama 2, arXiv:2307.09288, sections 3.3 and A.3; this module knows nothing of torch or the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypedDict
+
+from llama.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
+
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
+UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
+
+
+def check_dialog(dialog: Dialog, name: str = "The dialog") -> None:
+    """Raise `ValueError`, naming the message and both roles, unless roles are system?, user, assistant, ..., user."""
+    if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
+        raise ValueError(f"{name} must be a list of messages, not {type(dialog).__name__}.")
+    if not dialog:
+        raise ValueError(f"{name} is empty; it must hold at least one user message.")
+    for index, message in enumerate(dialog):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"{name}, message {index}: expected {{'role': ..., 'content': ...}}, got {message!r}.")
+        if not isinstance(message["content"], str):
+            kind = type(message["content"]).__name__
+            raise ValueError(f"{name}, message {index}: content must be a string, not {kind}.")
+    first_user = 1 if dialog[0]["role"] == "system" else 0
+    for index in range(first_user, len(dialog)):
+        expected = "assistant" if (index - first_user) % 2 else "user"
+        if dialog[index]["role"] != expected:
+            raise ValueError(f"{name}, message {index}: expected role {expected!r}, got {dialog[index]['role']!r}.")
+    if dialog[-1]["role"] != "user":
+        index = len(dialog) - 1
+        raise ValueError(f"{name}, message {index}: the last role must be 'user', got {dialog[-1]['role']!r}.")
+
+
+def find_special_tag(dialog: Dialog) -> tuple[int, str] | None:
+    """(index of the message, tag) of the first special tag in a dialog's content, or None.
+
+    A tag in a message would let its writer end the user's turn or speak as the system.
+    """
+    found = ((index, tag) for index, message in enumerate(dialog) for tag in SPECIAL_TAGS if tag in message["content"])
+    return next(found, None)
+
+
+def format_dialog(dialog: Dialog) -> list[str]:
+    """The text of each exchange, as it is encoded: all but the last end in the answer and a space.
+
+    The system text joins the first question before that is stripped, so both keep the spaces between them:
+
+        format_dialog([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}])
+        -> ["[INST] <<SYS>>\\nBe brief.\\n<</SYS>>\\n\\nHi! [/INST]"]
+    """
+    check_dialog(dialog)
+    contents = [message["content"] for message in dialog]
+    if dialog[0]["role"] == "system":
+        contents = [B_SYS + contents[0] + E_SYS + contents[1], *contents[2:]]
+    questions, answers = contents[0::2], contents[1::2]
+    finished = [
+        f"{B_INST} {question.strip()} {E_INST} {answer.strip()} "
+        for question, answer in zip(questions, answers, strict=False)
+    ]
+    return [*finished, f"{B_INST} {questions[-1].strip()} {E_INST}"]
+
+
+def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
+    """The prompt of a chat model: every exchange between BOS and EOS, the open one without EOS.
+
+    Raises `ValueError` for roles out of order. Does not look for special tags: `find_special_tag` does.
+    """
+    *finished, last = format_dialog(dialog)
+    ids = [id for exchange in finished for id in tokenizer.encode(exchange, bos=True, eos=True)]
+    return ids + tokenizer.encode(last, bos=True, eos=False)

@@ -1,0 +1,417 @@
+"""`Llama`: a model and its tokenizer, and the one loop that makes text of them.
+
+`stream` is that loop; `generate`, `text_completion`, `chat_completion` and `score` drain it. This module knows nothing
+of HTTP, argument parsing or fairscale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import numbers
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+from llama import checkpoint, parallel
+from llama.decode import Batch
+from llama.device import dtype_name
+from llama.loading import check_vocabulary, load
+from llama.model import Transformer
+from llama.prompts import (
+    B_INST,
+    B_SYS,
+    E_INST,
+    E_SYS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    Dialog,
+    Message,
+    Role,
+    check_dialog,
+    encode_dialog,
+    find_special_tag,
+)
+from llama.sampling import log_probs, sample, sample_top_p
+from llama.stopping import Completion
+from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+__all__ = [
+    "B_INST",
+    "B_SYS",
+    "E_INST",
+    "E_SYS",
+    "SPECIAL_TAGS",
+    "UNSAFE_ERROR",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "Message",
+    "Piece",
+    "Role",
+    "Score",
+    "sample_top_p",
+]
+
+FinishReason = Literal["eos", "stop", "length", "refused"]
+
+
+class CompletionPrediction(TypedDict, total=False):
+    """`tokens` (each id decoded alone) and `logprobs`, of equal length, are there with `logprobs=True`."""
+
+    generation: str
+    finish_reason: FinishReason
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class ChatPrediction(TypedDict, total=False):
+    """As `CompletionPrediction`; `refusal` says which message of a refused dialog holds which tag."""
+
+    generation: Message
+    finish_reason: FinishReason
+    tokens: list[str]
+    logprobs: list[float]
+    refusal: str
+
+
+class Score(TypedDict):
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments that all calls pass on to `stream`."""
+
+    top_k: int | None
+    stop: Sequence[str | int] | None
+    seed: int | None
+
+
+class Piece(NamedTuple):
+    """What became certain of one row: some ids, some whole characters; the row's last piece says why it ended."""
+
+    row: int
+    ids: list[int]
+    text: str
+    logprobs: list[float] | None
+    finish_reason: FinishReason | None
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass
+class Request:
+    """The arguments of one call, the same on every rank once the first rank's have been broadcast."""
+
+    prompts: Sequence[Sequence[int]]
+    max_gen_len: int | None
+    temperature: float
+    top_p: float
+    logprobs: bool
+    echo: bool
+    top_k: int | None
+    stop: Sequence[str | int] | None
+    seed: int | None
+
+    def check(self, vocab_size: int, max_seq_len: int) -> None:
+        """Raise `ValueError` for the first argument that is out of its range, or prompt that does not fit."""
+        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
+            raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number.")
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1 (1 keeps every token).")
+        for name, least in (("top_k", 1), ("max_gen_len", 0)):
+            value = getattr(self, name)
+            if value is not None and not (is_integer(value) and value >= least):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}, or None.")
+        if self.seed is not None and not is_integer(self.seed):
+            raise ValueError(f"seed is {self.seed!r}; it must be an integer, or None to continue the sequence.")
+        if isinstance(self.stop, str) or not all((isinstance(s, str) and s) or is_integer(s) for s in self.stop or ()):
+            raise ValueError(f"stop is {self.stop!r}; it must be a list of non-empty strings and token ids.")
+        for row, prompt in enumerate(self.prompts):
+            if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
+                raise ValueError(f"Prompt {row} is {prompt!r}; it must be a list of token ids that begins with BOS.")
+            wrong = next((id for id in prompt if not (is_integer(id) and 0 <= id < vocab_size)), None)
+            if wrong is not None:
+                raise ValueError(f"Prompt {row} holds {wrong!r}; token ids are integers from 0 to {vocab_size - 1}.")
+            if len(prompt) > max_seq_len:
+                raise ValueError(
+                    f"Prompt {row} has {len(prompt)} tokens, more than max_seq_len {max_seq_len}; shorten it, or build "
+                    "with a larger max_seq_len."
+                )
+
+
+@dataclasses.dataclass
+class Row:
+    """A row's pieces put together."""
+
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+def drain(pieces: Iterable[Piece], count: int) -> list[Row]:
+    """Run a stream of `count` rows to its end."""
+    rows = [Row() for _ in range(count)]
+    for index, ids, text, logprobs, finish_reason in pieces:
+        row = rows[index]
+        row.ids += ids
+        row.text += text
+        row.logprobs += logprobs or []
+        row.finish_reason = finish_reason
+    return rows
+
+
+def row_uniforms(seed: int, row: int, count: int) -> Tensor:
+    """The uniform numbers of one row, (count,) float32: they depend on the seed and the row's index alone."""
+    digest = hashlib.blake2b(f"{seed} {row}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+
+
+class Llama:
+    """Text from a model. Each call stands alone, except that calls without a `seed` continue one sequence of seeds.
+
+    Calls take turns: a stream that is still open when another call begins cannot be continued.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1):
+        check_vocabulary(tokenizer.n_words, model.vocab_size)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.seeds = random.Random(seed)
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 4,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Llama:
+        """Open a checkpoint folder and make it ready to generate.
+
+        Under `torchrun` the model is shared by `model_parallel_size` ranks (all by default), whatever the number of
+        files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. Raises `FileNotFoundError` or
+        `ValueError` for files or arguments that are missing or wrong, `RuntimeError` if the memory does not suffice.
+        """
+        paths = checkpoint.find_shards(Path(ckpt_dir))
+        tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
+        model = load(paths, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype)
+        return Llama(model, tokenizer, seed=seed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    def stream(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        *,
+        top_k: int | None = None,
+        stop: Sequence[str | int] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Piece]:
+        """Yield what becomes certain of each row, as `(row, ids, text, logprobs, finish_reason)`.
+
+        Joined by row, the pieces are what `generate` and `text_completion` return: characters are whole, and what may
+        begin a stop string waits. Arguments and errors as for `generate`; errors of arguments are raised by the call
+        itself, before the first piece.
+        """
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, top_k, stop, seed)
+        request = parallel.broadcast_object(request, self.device)
+        request.check(self.model.vocab_size, self.model.params.max_seq_len)
+        if request.seed is None and request.temperature > 0:
+            request.seed = parallel.broadcast_object(self.seeds.getrandbits(63), self.device)
+        return self.run(request)
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+        **options: Unpack[Options],
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Continue each prompt; return each row's new ids and, with `logprobs=True`, their log-probabilities.
+
+        A row ends at the EOS id, at a `stop` string or id, after `max_gen_len` tokens (None: no limit of its own), or
+        where `max_seq_len` is full; neither EOS, nor a stop id, nor a token that touches a stop string is returned.
+        `temperature=0` takes the likeliest token; else sampling keeps the `top_k` likeliest, and of those the nucleus
+        of mass `top_p`. The same `seed` gives the same ids. Log-probabilities are natural, under the model's own
+        distribution; `echo=True` puts the prompt in front, its first token with 0.0.
+
+        Raises `ValueError` for arguments out of range and prompts that do not fit, `RuntimeError` if the model
+        computes numbers that are not finite.
+        """
+        pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
+        rows = drain(pieces, len(prompt_tokens))
+        return [row.ids for row in rows], [row.logprobs for row in rows] if logprobs else None
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        **options: Unpack[Options],
+    ) -> list[CompletionPrediction]:
+        """Continue each text. Arguments and errors as for `generate`."""
+        prompts = parallel.broadcast_object(prompts, self.device)
+        prompt_tokens = self.encode_texts(prompts)
+        pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
+        return [self.prediction(row, row.text, logprobs) for row in drain(pieces, len(prompts))]
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        **options: Unpack[Options],
+    ) -> list[ChatPrediction]:
+        """Answer the last message of each dialog. Arguments and errors as for `generate`.
+
+        A dialog in which a message holds a special tag is refused before anything is computed. Raises `ValueError`
+        for roles out of order, naming dialog and message.
+        """
+        dialogs = parallel.broadcast_object(dialogs, self.device)
+        for index, dialog in enumerate(dialogs):
+            check_dialog(dialog, f"Dialog {index}")
+        predictions = [self.refusal(dialog, logprobs) for dialog in dialogs]
+        accepted = [index for index, prediction in enumerate(predictions) if prediction is None]
+        prompt_tokens = [encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
+        pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **options)
+        for index, row in zip(accepted, drain(pieces, len(accepted)), strict=True):
+            predictions[index] = self.prediction(row, {"role": "assistant", "content": row.text}, logprobs)
+        return predictions
+
+    def score(self, texts: Sequence[str]) -> list[Score]:
+        """The log-probability of each token of each text, BOS first with 0.0; nothing is generated."""
+        texts = parallel.broadcast_object(texts, self.device)
+        pieces = self.stream(self.encode_texts(texts), 0, temperature=0, logprobs=True, echo=True)
+        return [{"tokens": self.decode_each(row.ids), "logprobs": row.logprobs} for row in drain(pieces, len(texts))]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        if isinstance(texts, str):
+            raise ValueError("Texts must come as a list of strings, not as one string.")
+        return [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+
+    def decode_each(self, ids: Sequence[int]) -> list[str]:
+        return [self.tokenizer.decode(id) for id in ids]
+
+    def prediction(self, row: Row, generation: str | Message, logprobs: bool) -> dict:
+        prediction = {"generation": generation, "finish_reason": row.finish_reason}
+        return prediction | ({"tokens": self.decode_each(row.ids), "logprobs": row.logprobs} if logprobs else {})
+
+    def refusal(self, dialog: Dialog, logprobs: bool) -> ChatPrediction | None:
+        """The answer to a dialog that holds a special tag, None for one that may be answered."""
+        found = find_special_tag(dialog)
+        if found is None:
+            return None
+        row = Row(finish_reason="refused")
+        prediction = self.prediction(row, {"role": "assistant", "content": UNSAFE_ERROR}, logprobs)
+        return prediction | {"refusal": f"Message {found[0]} holds the special tag {found[1]}."}
+
+    def run(self, request: Request) -> Iterator[Piece]:
+        """The prompts in consecutive chunks of at most `max_batch_size` rows; calls without prompts yield nothing."""
+        rows = self.model.params.max_batch_size
+        for first in range(0, len(request.prompts), rows):
+            yield from self.run_chunk(request, first, request.prompts[first : first + rows])
+
+    def run_chunk(self, request: Request, first: int, prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
+        """One prefill for all rows of a chunk, then one step for each token; `first` is the index of its first row."""
+        outputs = [Completion(self.tokenizer, request.stop or ()) for _ in prompts]
+        budgets = [self.model.params.max_seq_len - len(prompt) for prompt in prompts]
+        if request.max_gen_len is not None:
+            budgets = [min(budget, request.max_gen_len) for budget in budgets]
+        batch, scoring = Batch(self.model, prompts), request.echo and request.logprobs
+        logits, scores = batch.prefill(scoring) if any(budgets) or scoring else (None, None)
+        for row, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
+            if request.echo:
+                output.echo(prompt, self.prompt_scores(scores, row, first, len(prompt)))
+            if not budgets[row]:
+                output.finish("length")
+        yield from pieces(outputs, range(len(prompts)), first, request.logprobs)
+        uniforms, ids = None, []
+        if request.temperature > 0:
+            rows = [row_uniforms(request.seed, first + row, max(budgets)) for row in range(len(prompts))]
+            uniforms = torch.stack(rows).to(self.device)  # (B, steps)
+        for step in range(max(budgets)):
+            active = [row for row, output in enumerate(outputs) if output.finish_reason is None]
+            if not active:
+                return
+            if step:
+                logits = batch.step([id if row in active else None for row, id in enumerate(ids)])
+            ids, logprobs = self.choose(logits, request, None if uniforms is None else uniforms[:, step], batch, first)
+            for row in active:
+                outputs[row].add(ids[row], logprobs[row])
+                if step + 1 == budgets[row] and outputs[row].finish_reason is None:
+                    outputs[row].finish("length")
+            yield from pieces(outputs, active, first, request.logprobs)
+
+    def prompt_scores(self, scores: Tensor | None, row: int, first: int, length: int) -> list[float]:
+        if scores is None:
+            return [0.0] * length
+        require_finite(scores[row, :length].isfinite().tolist(), lambda at: (first + row, at - 1), self.model)
+        return scores[row, :length].tolist()
+
+    @torch.no_grad()
+    def choose(
+        self, logits: Tensor, request: Request, uniforms: Tensor | None, batch: Batch, first: int
+    ) -> tuple[list[int], list[float]]:
+        """The next id of each row, the first rank's choice on all ranks, and its log-probability if asked."""
+        known = logits[:, : self.tokenizer.n_words]  # rows beyond the tokenizer have no text: never chosen
+        ids = parallel.broadcast(sample(known, uniforms, request.temperature, request.top_p, request.top_k))
+        chosen, finite = torch.stack((ids, logits.isfinite().all(-1))).tolist()  # the step's one wait for the device
+        require_finite(finite, lambda row: (first + row, len(batch.held[row]) - 1), self.model)
+        return chosen, log_probs(logits, ids).tolist() if request.logprobs else [0.0] * len(chosen)
+
+
+def pieces(outputs: Sequence[Completion], rows: Iterable[int], first: int, logprobs: bool) -> Iterator[Piece]:
+    """What the given rows of a chunk have to say; a row with nothing new is silent."""
+    for row in rows:
+        ids, text, values = outputs[row].release()
+        if ids or text or outputs[row].finish_reason:
+            yield Piece(first + row, ids, text, values if logprobs else None, outputs[row].finish_reason)
+
+
+def require_finite(finite: Sequence[bool], place: Callable[[int], tuple[int, int]], model: Transformer) -> None:
+    """Raise `RuntimeError` for the first entry that is not finite; `place` gives its row and position."""
+    for index, fine in enumerate(finite):
+        if not fine:
+            row, position = place(index)
+            raise RuntimeError(
+                f"Row {row}: the logits after position {position} are not finite, computed in "
+                f"{dtype_name(model.norm.weight.dtype)}; try dtype='float32' or 'bfloat16', or check the weights."
+            )

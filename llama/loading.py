@@ -1,0 +1,144 @@
+"""Checkpoint files to a model that is ready to run: sizes, device, ranks, memory, weights.
+
+Knows the order in which these are decided. Does not know text, sampling or how files are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama import checkpoint, parallel
+from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, free_memory, use_device
+from llama.model import ModelArgs, Transformer
+
+
+def load(
+    paths: Sequence[Path],
+    n_words: int,
+    max_seq_len: int,
+    max_batch_size: int,
+    model_parallel_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Transformer:
+    """This rank's share of the model in the files `paths`, with its cache, on its device.
+
+    `n_words` is the tokenizer's vocabulary, for sizes that leave theirs open and to refuse a tokenizer that does not
+    belong. Errors as for `Llama.build`.
+    """
+    started = time.perf_counter()
+    params = checkpoint.read_params(paths[0].parent)
+    device = choose_device(device, parallel.local_world()[0])
+    use_device(device)
+    parallel.initialize(model_parallel_size, collective_backend(device), device)
+    args = model_args(params, n_words, max_seq_len, max_batch_size)
+    with torch.device("meta"):
+        model = Transformer(args)
+    shards = [checkpoint.open_shard(path) for path in paths]
+    checkpoint.check_names(shards, model.state_dict(), paths)
+    stored = shards[0]["tok_embeddings.weight"].dtype
+    dtype = choose_dtype(dtype, stored, device)
+    check_memory(args, dtype, device)
+    fill(model, shards, device, dtype)
+    model.own_cache()
+    if parallel.world()[0] == 0:
+        report(args, device, dtype, stored, time.perf_counter() - started)
+    return model
+
+
+def model_args(params: Mapping[str, object], n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+    """`params.json` as sizes; `vocab_size` -1 means the tokenizer's. Warns of keys that this model has no use for."""
+    names = {field.name for field in dataclasses.fields(ModelArgs)} - {"max_seq_len", "max_batch_size"}
+    unknown = sorted(params.keys() - names)
+    if unknown:
+        warnings.warn(f"params.json has keys that are not used: {', '.join(unknown)}.", stacklevel=3)
+    sizes = {name: value for name, value in params.items() if name in names}
+    args = ModelArgs(**sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    if args.vocab_size == -1:
+        args.vocab_size = n_words
+    args.check()
+    check_vocabulary(n_words, args.vocab_size)
+    return args
+
+
+def check_vocabulary(n_words: int, vocab_size: int) -> None:
+    """Raise `ValueError` if the tokenizer makes ids for which the model has no row; the other way round is fine."""
+    if n_words > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {n_words} ids, but the model only {vocab_size} rows in its embedding; use the "
+            "tokenizer.model that belongs to the checkpoint."
+        )
+
+
+def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `RuntimeError`, naming values that fit, if weights and cache exceed the free memory of this device."""
+    ranks = parallel.size()
+    free = free_memory(device)
+    if free is None:
+        return
+    if device.type == "cpu":
+        free //= parallel.local_world()[1]  # the ranks of a machine share it
+    weights, cache = args.memory(dtype.itemsize, ranks)
+    if weights + cache <= free:
+        return
+    fits = []
+    rows, positions = ((free - weights) * size // cache for size in (args.max_batch_size, args.max_seq_len))
+    if rows >= 1:
+        fits.append(f"max_batch_size={rows}")
+    if positions >= 128:
+        fits.append(f"max_seq_len={positions}")
+    if dtype.itemsize > 2 and (weights + cache) // 2 <= free:
+        fits.append("dtype='bfloat16'")
+    more = next((n for n in args.rank_counts() if n > ranks and sum(args.memory(dtype.itemsize, n)) <= free), None)
+    if more:
+        fits.append(f"{more} processes on as many devices")
+    advice = f"what fits: {', or '.join(fits)}" if fits else "no max_batch_size, max_seq_len or dtype makes it fit"
+    raise RuntimeError(
+        f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {dtype_name(dtype)} exceed the "
+        f"{free / 1e9:.2f} GB free for this process on {device}; {advice}."
+    )
+
+
+def fill(model: Transformer, shards: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
+    """Give the meta-device model this rank's share of the weights, one tensor at a time."""
+    args, started = model.params, time.perf_counter()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = checkpoint.slices(
+        shards,
+        shapes,
+        rank=parallel.rank(),
+        size=parallel.size(),
+        vocab_size=args.vocab_size,
+        kv_rows=args.kv_heads * args.head_dim,
+        head_dim=args.head_dim,
+    )
+    state = {}
+    shown = parallel.world()[0] == 0 and sys.stderr.isatty()
+    for name, tensor in tensors:
+        state[name] = tensor.to(device, dtype)
+        if shown and time.perf_counter() - started > 1:
+            print(f"\rllama: loading, {len(state) / len(shapes):4.0%}", end="", file=sys.stderr, flush=True)
+    if shown and time.perf_counter() - started > 1:
+        print(file=sys.stderr)
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False).eval()
+
+
+def report(args: ModelArgs, device: torch.device, dtype: torch.dtype, stored: torch.dtype, seconds: float) -> None:
+    """One line on standard error: where the model is, in what format, how large, and how long it took."""
+    weights, cache = (n / 1e6 for n in args.memory(dtype.itemsize, parallel.size()))
+    note = "" if dtype == stored else f" (stored as {dtype_name(stored)})"
+    ranks = f" on each of {parallel.size()} ranks" if parallel.size() > 1 else ""
+    print(
+        f"llama: {device}, {dtype_name(dtype)}{note}, weights {weights:,.0f} MB and cache {cache:,.0f} MB{ranks}, "
+        f"ready in {seconds:.2f} s",
+        file=sys.stderr,
+    )

@@ -1,0 +1,63 @@
+"""From logits to the next token's id, and to the log-probability of an id.
+
+This module knows nothing of tokenizers, positions or models. Randomness comes in as numbers: `sample` is a function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    """log softmax(logits)[ids] in float32: logits (..., V), ids (...) int64 -> (...)."""
+    logits = logits.float()
+    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def keep_top_p(probs: Tensor, top_p: float) -> Tensor:
+    """Zero each probability whose predecessors, in falling order, hold more than `top_p`; renormalize the rest.
+
+    `probs` (..., V) falls along its last dimension. The first always stays. (Nucleus sampling, arXiv:1904.09751.)
+    """
+    preceding = probs.cumsum(-1) - probs
+    kept = probs.masked_fill(preceding > top_p, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The index at which the running sum of `probs` (..., V) first exceeds `uniforms` (...): (...) int64.
+
+    Rounding may leave the whole sum a little under a uniform near 1; the last index with any probability takes it.
+    """
+    index = (probs.cumsum(-1) <= uniforms.unsqueeze(-1)).sum(-1)
+    return torch.minimum(index, ((probs > 0).sum(-1) - 1).clamp(min=0))
+
+
+def sample(
+    logits: Tensor, uniforms: Tensor | None, temperature: float, top_p: float = 1.0, top_k: int | None = None
+) -> Tensor:
+    """Next ids (B,) from logits (B, V) and one uniform number in [0, 1) for each row, (B,) float32.
+
+    Temperature 0 takes the largest logit and reads no uniform. Otherwise softmax(logits / temperature) in float32,
+    cut to the `top_k` largest, then to the `top_p` nucleus, and inverted at the uniform in falling order.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float()
+    logits = logits - logits.amax(-1, keepdim=True)  # 0 at the top: any temperature is safe to divide by
+    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        probs = probs[..., :top_k] / probs[..., :top_k].sum(-1, keepdim=True)
+    chosen = invert(keep_top_p(probs, top_p), uniforms)
+    return order.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+
+def sample_top_p(probs: Tensor, p: float) -> Tensor:
+    """Draw ids (..., 1) from the `p` nucleus of probabilities (..., V), with torch's global generator.
+
+    For callers that sample by themselves; the library uses `sample`, which leaves global state alone.
+    """
+    ordered, order = probs.float().sort(dim=-1, descending=True, stable=True)
+    uniforms = torch.rand(probs.shape[:-1], device=probs.device)
+    return order.gather(-1, invert(keep_top_p(ordered, p), uniforms).unsqueeze(-1))

@@ -125,9 +125,10 @@ class Request:
     top_p: float
     logprobs: bool
     echo: bool
-    top_k: int | None
-    stop: Sequence[str | int] | None
-    seed: int | None
+    top_k: int | None = None
+    stop: Sequence[str | int] | None = None
+    seed: int | None = None
+    rows: Sequence[int] | None = None  # the caller's index of each prompt; None: 0, 1, 2, ...
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """Raise `ValueError` for the first argument that is out of its range, or prompt that does not fit."""
@@ -143,7 +144,7 @@ class Request:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer, or None to continue the sequence.")
         if isinstance(self.stop, str) or not all((isinstance(s, str) and s) or is_integer(s) for s in self.stop or ()):
             raise ValueError(f"stop is {self.stop!r}; it must be a list of non-empty strings and token ids.")
-        for row, prompt in enumerate(self.prompts):
+        for row, prompt in zip(self.rows, self.prompts, strict=True):
             if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
                 raise ValueError(f"Prompt {row} is {prompt!r}; it must be a list of token ids that begins with BOS.")
             wrong = next((id for id in prompt if not (is_integer(id) and 0 <= id < vocab_size)), None)
@@ -243,12 +244,7 @@ class Llama:
         begin a stop string waits. Arguments and errors as for `generate`; errors of arguments are raised by the call
         itself, before the first piece.
         """
-        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, top_k, stop, seed)
-        request = parallel.broadcast_object(request, self.device)
-        request.check(self.model.vocab_size, self.model.params.max_seq_len)
-        if request.seed is None and request.temperature > 0:
-            request.seed = parallel.broadcast_object(self.seeds.getrandbits(63), self.device)
-        return self.run(request)
+        return self.start(Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, top_k, stop, seed))
 
     def generate(
         self,
@@ -311,9 +307,11 @@ class Llama:
         predictions = [self.refusal(dialog, logprobs) for dialog in dialogs]
         accepted = [index for index, prediction in enumerate(predictions) if prediction is None]
         prompt_tokens = [encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
-        pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **options)
-        for index, row in zip(accepted, drain(pieces, len(accepted)), strict=True):
-            predictions[index] = self.prediction(row, {"role": "assistant", "content": row.text}, logprobs)
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, rows=accepted, **options)
+        rows = drain(self.start(request), len(dialogs))
+        for index in accepted:
+            answer = {"role": "assistant", "content": rows[index].text}
+            predictions[index] = self.prediction(rows[index], answer, logprobs)
         return predictions
 
     def score(self, texts: Sequence[str]) -> list[Score]:
@@ -343,75 +341,87 @@ class Llama:
         prediction = self.prediction(row, {"role": "assistant", "content": UNSAFE_ERROR}, logprobs)
         return prediction | {"refusal": f"Message {found[0]} holds the special tag {found[1]}."}
 
+    def start(self, request: Request) -> Iterator[Piece]:
+        """Check a request, the first rank's on all ranks, give it a seed if it has none, and begin to run it."""
+        request = parallel.broadcast_object(request, self.device)
+        if request.rows is None:
+            request.rows = range(len(request.prompts))
+        request.check(self.model.vocab_size, self.model.params.max_seq_len)
+        if request.seed is None and request.temperature > 0:
+            request.seed = parallel.broadcast_object(self.seeds.getrandbits(63), self.device)
+        return self.run(request)
+
     def run(self, request: Request) -> Iterator[Piece]:
         """The prompts in consecutive chunks of at most `max_batch_size` rows; calls without prompts yield nothing."""
-        rows = self.model.params.max_batch_size
-        for first in range(0, len(request.prompts), rows):
-            yield from self.run_chunk(request, first, request.prompts[first : first + rows])
+        size = self.model.params.max_batch_size
+        for first in range(0, len(request.prompts), size):
+            chunk = slice(first, first + size)
+            yield from self.run_chunk(request, request.rows[chunk], request.prompts[chunk])
 
-    def run_chunk(self, request: Request, first: int, prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
-        """One prefill for all rows of a chunk, then one step for each token; `first` is the index of its first row."""
+    def run_chunk(self, request: Request, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
+        """One prefill for all rows of a chunk, then one step for each token; `rows` are their indices in the call."""
         outputs = [Completion(self.tokenizer, request.stop or ()) for _ in prompts]
         budgets = [self.model.params.max_seq_len - len(prompt) for prompt in prompts]
         if request.max_gen_len is not None:
             budgets = [min(budget, request.max_gen_len) for budget in budgets]
         batch, scoring = Batch(self.model, prompts), request.echo and request.logprobs
         logits, scores = batch.prefill(scoring) if any(budgets) or scoring else (None, None)
-        for row, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
+        for at, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
             if request.echo:
-                output.echo(prompt, self.prompt_scores(scores, row, first, len(prompt)))
-            if not budgets[row]:
+                output.echo(prompt, self.prompt_scores(scores, at, rows[at], len(prompt)))
+            if not budgets[at]:
                 output.finish("length")
-        yield from pieces(outputs, range(len(prompts)), first, request.logprobs)
+        yield from pieces(outputs, range(len(rows)), rows, request.logprobs)
         uniforms, ids = None, []
         if request.temperature > 0:
-            rows = [row_uniforms(request.seed, first + row, max(budgets)) for row in range(len(prompts))]
-            uniforms = torch.stack(rows).to(self.device)  # (B, steps)
+            numbers_of_rows = [row_uniforms(request.seed, row, max(budgets)) for row in rows]
+            uniforms = torch.stack(numbers_of_rows).to(self.device)  # (B, steps)
         for step in range(max(budgets)):
-            active = [row for row, output in enumerate(outputs) if output.finish_reason is None]
+            active = [at for at, output in enumerate(outputs) if output.finish_reason is None]
             if not active:
                 return
             if step:
-                logits = batch.step([id if row in active else None for row, id in enumerate(ids)])
-            ids, logprobs = self.choose(logits, request, None if uniforms is None else uniforms[:, step], batch, first)
-            for row in active:
-                outputs[row].add(ids[row], logprobs[row])
-                if step + 1 == budgets[row] and outputs[row].finish_reason is None:
-                    outputs[row].finish("length")
-            yield from pieces(outputs, active, first, request.logprobs)
+                logits = batch.step([id if at in active else None for at, id in enumerate(ids)])
+            ids, logprobs = self.choose(logits, request, None if uniforms is None else uniforms[:, step], batch, rows)
+            for at in active:
+                outputs[at].add(ids[at], logprobs[at])
+                if step + 1 == budgets[at] and outputs[at].finish_reason is None:
+                    outputs[at].finish("length")
+            yield from pieces(outputs, active, rows, request.logprobs)
 
-    def prompt_scores(self, scores: Tensor | None, row: int, first: int, length: int) -> list[float]:
+    def prompt_scores(self, scores: Tensor | None, at: int, row: int, length: int) -> list[float]:
         if scores is None:
             return [0.0] * length
-        require_finite(scores[row, :length].isfinite().tolist(), lambda at: (first + row, at - 1), self.model)
-        return scores[row, :length].tolist()
+        self.require_finite(scores[at, :length].isfinite().tolist(), lambda position: (row, position - 1))
+        return scores[at, :length].tolist()
 
     @torch.no_grad()
     def choose(
-        self, logits: Tensor, request: Request, uniforms: Tensor | None, batch: Batch, first: int
+        self, logits: Tensor, request: Request, uniforms: Tensor | None, batch: Batch, rows: Sequence[int]
     ) -> tuple[list[int], list[float]]:
         """The next id of each row, the first rank's choice on all ranks, and its log-probability if asked."""
         known = logits[:, : self.tokenizer.n_words]  # rows beyond the tokenizer have no text: never chosen
         ids = parallel.broadcast(sample(known, uniforms, request.temperature, request.top_p, request.top_k))
         chosen, finite = torch.stack((ids, logits.isfinite().all(-1))).tolist()  # the step's one wait for the device
-        require_finite(finite, lambda row: (first + row, len(batch.held[row]) - 1), self.model)
+        self.require_finite(finite, lambda at: (rows[at], len(batch.held[at]) - 1))
         return chosen, log_probs(logits, ids).tolist() if request.logprobs else [0.0] * len(chosen)
 
+    def require_finite(self, finite: Sequence[bool], place: Callable[[int], tuple[int, int]]) -> None:
+        """Raise `RuntimeError` for the first entry that is not finite; `place` gives its row and position."""
+        for index, fine in enumerate(finite):
+            if not fine:
+                row, position = place(index)
+                raise RuntimeError(
+                    f"Row {row}: the logits after position {position} are not finite, computed in "
+                    f"{dtype_name(self.model.norm.weight.dtype)}; try dtype='float32', or check the weights."
+                )
 
-def pieces(outputs: Sequence[Completion], rows: Iterable[int], first: int, logprobs: bool) -> Iterator[Piece]:
-    """What the given rows of a chunk have to say; a row with nothing new is silent."""
-    for row in rows:
-        ids, text, values = outputs[row].release()
-        if ids or text or outputs[row].finish_reason:
-            yield Piece(first + row, ids, text, values if logprobs else None, outputs[row].finish_reason)
 
-
-def require_finite(finite: Sequence[bool], place: Callable[[int], tuple[int, int]], model: Transformer) -> None:
-    """Raise `RuntimeError` for the first entry that is not finite; `place` gives its row and position."""
-    for index, fine in enumerate(finite):
-        if not fine:
-            row, position = place(index)
-            raise RuntimeError(
-                f"Row {row}: the logits after position {position} are not finite, computed in "
-                f"{dtype_name(model.norm.weight.dtype)}; try dtype='float32' or 'bfloat16', or check the weights."
-            )
+def pieces(
+    outputs: Sequence[Completion], places: Iterable[int], rows: Sequence[int], logprobs: bool
+) -> Iterator[Piece]:
+    """What the outputs at `places` of a chunk have to say; a row with nothing new is silent."""
+    for at in places:
+        ids, text, values = outputs[at].release()
+        if ids or text or outputs[at].finish_reason:
+            yield Piece(rows[at], ids, text, values if logprobs else None, outputs[at].finish_reason)

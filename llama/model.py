@@ -352,7 +352,9 @@ class Transformer(nn.Module):
         h = self.hidden(tokens, start_pos, positions=positions, cache=cache)
         if logits_at is not None:
             h = h[torch.arange(h.shape[0], device=h.device), logits_at]  # (B, C)
-        return self.logits(h)
+        trainable = start_pos is None and positions is None
+        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+            return self.logits(h)
 
     def hidden(
         self,

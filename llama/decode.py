@@ -54,10 +54,11 @@ class Batch:
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in self.prompts]
         tokens = torch.tensor(padded, device=self.device)  # (B, longest)
         scores = torch.zeros(tokens.shape, device=self.device) if score else None
+        cache = self.cache.narrow(len(padded), longest)
         final = torch.empty(len(padded), self.model.params.dim, dtype=self.cache.k.dtype, device=self.device)
         width = max(1, PREFILL_TOKENS // len(padded))
         for begin in range(reusable, longest, width):
-            h = self.model.hidden(tokens[:, begin : begin + width], begin, cache=self.cache)  # (B, T, C)
+            h = self.model.hidden(tokens[:, begin : begin + width], begin, cache=cache)  # (B, T, C)
             ends = (lengths > begin) & (lengths <= begin + h.shape[1])
             final[ends] = h[ends, lengths[ends] - 1 - begin]
             if score:

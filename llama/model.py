@@ -167,8 +167,8 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
 class KVCache:
     """Keys and values of the tokens seen so far, allocated once: k and v are (L, B, K, S, D), K this rank's heads.
 
-    `ids` is a generator's note of the token ids whose keys each row holds. A direct `model(tokens, start_pos)`
-    writes over them and drops the note.
+    `ids` is a generator's note of the token ids whose keys each row holds. A forward pass through the cache drops it;
+    the generator, which passes a view of its own, keeps it.
     """
 
     k: Tensor
@@ -369,9 +369,8 @@ class Transformer(nn.Module):
             if cache is not None:
                 raise ValueError("A cache needs to know where the tokens go: give start_pos or positions.")
             return self.run_layers(tokens, self.plan(tokens, 0, None))
-        if cache is None:
-            cache = self.own_cache()
-            cache.ids = []
+        cache = self.own_cache() if cache is None else cache
+        cache.ids = []
         where = start_pos if positions is None else positions
         length = cache.k.shape[3] if start_pos is None else start_pos + tokens.shape[1]
         with torch.no_grad():  # what is written to a cache outlives the call: it cannot carry gradients

@@ -30,7 +30,7 @@ class Completion:
 
     def __init__(self, tokenizer: Tokenizer, stop: Iterable[str | int] = ()):
         self.eos_id = tokenizer.eos_id
-        self.stop_ids = {entry for entry in stop if isinstance(entry, int)}
+        self.stop_ids = {int(entry) for entry in stop if not isinstance(entry, str)}
         self.stop_strings = [entry for entry in stop if isinstance(entry, str)]
         self.decoder = IncrementalDecoder(tokenizer)
         self.text = ""

@@ -368,9 +368,11 @@ def test_the_first_of_several_stops_wins(script):
         assert result["generation"] == script.expected([1], stop=stop).text
 
 
-def test_a_stop_id_ends_a_row_and_eos_still_does(script):
+@pytest.mark.parametrize("kind", [int, np.int64])
+def test_a_stop_id_ends_a_row_and_eos_still_does(script, kind):
+    """Also as numpy's integer, which once passed the check and then stopped nothing."""
     script.say([1, 301, 302, 303], [20, 311, 312])
-    rows = drain(script.llama.stream([[1], [20]], None, temperature=0, stop=[303, "zzz"]), 2)
+    rows = drain(script.llama.stream([[1], [20]], None, temperature=0, stop=[kind(303), "zzz"]), 2)
     assert [(row["ids"], row["finish_reason"]) for row in rows] == [([301, 302], "stop"), ([311, 312], "eos")]
 
 
@@ -405,6 +407,18 @@ def test_echoed_text_comes_first_and_stops_count_after_it(script, tokenizer):
     assert plain["tokens"] == [tokenizer.decode(i) for i in [*prompt, *said]]
     assert (cut["generation"], cut["finish_reason"]) == ("the red cup Tom t", "stop")
     assert cut["tokens"] == plain["tokens"][: len(cut["tokens"])] and len(cut["tokens"]) == len(cut["logprobs"])
+
+
+@settings(max_examples=15)
+@given(
+    PROMPT, st.lists(st.one_of(st.sampled_from(["a", "re", "e", "!", "k t"]), st.integers(3, VOCAB - 1)), max_size=4)
+)
+def test_echo_changes_nothing_about_what_is_generated(shared_llama, prompt, stop):
+    options = {"temperature": 1.2, "seed": 8, "stop": stop, "logprobs": True}
+    ids, logprobs = shared_llama.generate([prompt], 9, **options)
+    echoed_ids, echoed_logprobs = shared_llama.generate([prompt], 9, echo=True, **options)
+    assert echoed_ids == [prompt + ids[0]]
+    np.testing.assert_allclose(echoed_logprobs[0][len(prompt) :], logprobs[0], atol=1e-5, rtol=0)
 
 
 def test_a_stop_string_held_back_is_given_at_the_end(script):
@@ -675,6 +689,14 @@ def test_rows_with_the_same_prompt_sample_differently(tokenizer):
     assert len({tuple(row) for row in ids}) == 6
 
 
+def test_neighbouring_seeds_share_no_rows(tokenizer):
+    """Row 1 of seed 3 is not row 0 of seed 4: seed and index are not simply added."""
+    llama = flat_script(tokenizer)
+    options = {"temperature": 1.0, "top_p": 1.0}
+    rows = [tuple(row) for seed in (3, 4, 5) for row in llama.generate([[5]] * 3, 12, seed=seed, **options)[0]]
+    assert len(set(rows)) == 9
+
+
 def test_a_sample_depends_on_its_index_and_not_on_its_mates(tokenizer):
     """Row 2 keeps its ids whoever sits beside it, whichever chunk it falls into, however long others run."""
     options = {"temperature": 1.0, "top_p": 1.0, "seed": 9}
@@ -850,10 +872,13 @@ def test_prompt_log_probabilities_need_the_whole_prompt(llama):
 
 
 @pytest.mark.parametrize("step", ["forward", "hidden"])
-def test_a_direct_call_of_the_model_makes_the_cache_forgotten(llama, tokenizer, step):
+@pytest.mark.parametrize("given", [False, True])
+def test_a_direct_call_of_the_model_makes_the_cache_forgotten(llama, tokenizer, step, given):
+    """Also where the caller hands in the model's own cache, which once kept the note and gave wrong ids."""
     prompt = [1, 50, 51, 52, 53, 54]
     llama.generate([prompt], 4, temperature=0)
-    getattr(llama.model, step)(torch.tensor([[9, 9, 9, 9, 9, 9, 9, 9]]), 0)
+    options = {"cache": llama.model.own_cache()} if given else {}
+    getattr(llama.model, step)(torch.tensor([[9, 9, 9, 9, 9, 9, 9, 9]]), 0, **options)
     counted = Counted(llama)
     ids, _ = llama.generate([prompt], 4, temperature=0)
     assert counted.widths()[0] == len(prompt)
@@ -920,6 +945,35 @@ def test_prompt_log_probabilities_that_are_not_finite_raise(poisoned):
     prompt = [1, 200, 60, 70]
     with pytest.raises(RuntimeError, match=r"(?i)row 1"):
         poisoned.generate([[1, 5], prompt], 0, echo=True, logprobs=True)
+
+
+# --- a vocabulary that is not the tokenizer's --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 2.0, "top_p": 1.0, "seed": 3}], ids=str)
+def test_rows_beyond_the_tokenizer_are_never_chosen(tokenizer, options):
+    """A padded embedding: ids without text are likely here, but only those with text come out."""
+    params = PARAMS | {"vocab_size": VOCAB + 20}
+    state = random_weights(params, seed=12)
+    state["output.weight"][VOCAB:] *= 6.0
+    prompts = [[1, 50, 51], [1], [1, 60, 61, 62]]
+    llama = Llama(build_model(params, state, max_seq_len=CONTEXT), tokenizer)
+    ids, logprobs = llama.generate(prompts, 12, logprobs=True, **options)
+    for prompt, row, row_logprobs in zip(prompts, ids, logprobs, strict=True):
+        assert row and max(row) < VOCAB
+        sequence = [*prompt, *row]
+        table = reference.logits(sequence, as_float64(state), shape_of(params))
+        assert table.argmax(axis=-1).max() >= VOCAB
+        if options["temperature"] == 0:
+            assert row == table[len(prompt) - 1 : -1, :VOCAB].argmax(axis=-1).tolist()
+        expected = reference.token_log_probs(sequence, as_float64(state), shape_of(params))
+        np.testing.assert_allclose(row_logprobs, expected[len(prompt) :], atol=1e-4, rtol=0)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer):
+    params = PARAMS | {"vocab_size": VOCAB - 1}
+    with pytest.raises(ValueError, match=rf"\b{VOCAB}\b.*\b{VOCAB - 1}\b"):
+        Llama(build_model(params, random_weights(params)), tokenizer)
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------

@@ -132,6 +132,8 @@ def test_repeat_kv_repeats_each_head_in_place():
         (8192, 4096, 1.3, 28672),  # 70B
         (8192, 256, 1.0, 22016),  # Code Llama 34B
         (6656, 256, None, 17920),  # LLaMA 1 33B
+        (64, 1, None, 170),  # 170.67 is cut, not rounded
+        (64, 1, 2.0, 340),  # and cut before it is multiplied
         (32, 16, 1.3, 112),
     ],
 )

@@ -1,7 +1,7 @@
 """`Llama`: a model and its tokenizer, and the one loop that makes text of them.
 
-`stream` is that loop; `generate`, `text_completion`, `chat_completion` and `score` drain it. This module knows nothing
-of HTTP, argument parsing or fairscale.
+`stream` is that loop; `generate`, `text_completion`, `chat_completion`, `text_infilling` and `score` drain
+it. This module knows nothing of HTTP, argument parsing or fairscale.
 """
 
 from __future__ import annotations
@@ -32,9 +32,20 @@ from llama.prompts import (
     Role,
     check_dialog,
     encode_dialog,
+    encode_infilling,
     find_special_tag,
 )
-from llama.request import ChatPrediction, CompletionPrediction, Options, Piece, Request, Row, Score, drain
+from llama.request import (
+    ChatPrediction,
+    CompletionPrediction,
+    InfillingPrediction,
+    Options,
+    Piece,
+    Request,
+    Row,
+    Score,
+    drain,
+)
 from llama.sampling import log_probs, sample, sample_top_p
 from llama.stopping import Completion
 from llama.tokenizer import Tokenizer
@@ -52,6 +63,7 @@ __all__ = [
     "ChatPrediction",
     "CompletionPrediction",
     "Dialog",
+    "InfillingPrediction",
     "Llama",
     "Message",
     "Piece",
@@ -196,6 +208,34 @@ class Llama:
             predictions[index] = self.prediction(rows[index], answer, logprobs)
         return predictions
 
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        **options: Unpack[Options],
+    ) -> list[InfillingPrediction]:
+        """Write what belongs between each prefix and its suffix. Arguments and errors as for `generate`.
+
+        EOT ends a row, with `finish_reason` "stop". `suffix_first` puts the suffix before the prefix in the prompt,
+        another order that the models were trained on. Raises `ValueError` for a model that is not made for infilling.
+        """
+        prefixes, suffixes = parallel.broadcast_object((prefixes, suffixes), self.device)
+        if isinstance(prefixes, str) or isinstance(suffixes, str) or len(prefixes) != len(suffixes):
+            raise ValueError("Prefixes and suffixes must be two lists of strings, of equal length.")
+        pairs = list(zip(prefixes, suffixes, strict=True))
+        prompt_tokens = [encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, infilling=True, **options)
+        rows = drain(self.start(request), len(pairs))
+        return [
+            self.prediction(row, row.text, logprobs) | {"full_text": prefix + row.text + suffix}
+            for row, (prefix, suffix) in zip(rows, pairs, strict=True)
+        ]
+
     def score(self, texts: Sequence[str]) -> list[Score]:
         """The log-probability of each token of each text, BOS first with 0.0; nothing is generated."""
         texts = parallel.broadcast_object(texts, self.device)
@@ -242,7 +282,7 @@ class Llama:
 
     def run_chunk(self, request: Request, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
         """One prefill for all rows of a chunk, then one step for each token; `rows` are their indices in the call."""
-        outputs = [Completion(self.tokenizer, request.stop or ()) for _ in prompts]
+        outputs = [Completion(self.tokenizer, request.stop or (), request.infilling) for _ in prompts]
         budgets = [self.model.params.max_seq_len - len(prompt) for prompt in prompts]
         if request.max_gen_len is not None:
             budgets = [min(budget, request.max_gen_len) for budget in budgets]

@@ -35,6 +35,12 @@ class ChatPrediction(TypedDict, total=False):
     refusal: str
 
 
+class InfillingPrediction(CompletionPrediction, total=False):
+    """`generation` is the middle, `full_text` prefix, middle and suffix together."""
+
+    full_text: str
+
+
 class Score(TypedDict):
     tokens: list[str]
     logprobs: list[float]
@@ -80,6 +86,7 @@ class Request:
     stop: Sequence[str | int] | None = None
     seed: int | None = None
     rows: Sequence[int] | None = None  # the caller's index of each prompt; None: 0, 1, 2, ...
+    infilling: bool = False  # the output goes on inside a text, until EOT
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """Raise `ValueError` for the first argument that is out of its range, or prompt that does not fit."""

@@ -6,6 +6,7 @@ The only module that names kinds of devices. It knows nothing of models, files o
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -95,10 +96,22 @@ def free_memory(device: torch.device) -> int | None:
     try:
         with open("/proc/meminfo") as meminfo:
             sizes = dict(line.split(":", 1) for line in meminfo)
-        return int(sizes["MemAvailable"].split()[0]) * 1024
+        available = int(sizes["MemAvailable"].split()[0]) * 1024
+        return min(available, container_memory() or available)
     except (OSError, KeyError):
         pass
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def container_memory() -> int | None:
+    """Bytes left under a container's own limit (cgroup v2), None without one. Cached file pages count as free."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["file"]
+    except (OSError, ValueError, KeyError):  # no such file, or the word "max"
+        return None
+    return limit - used + int(cached)

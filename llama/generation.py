@@ -110,9 +110,9 @@ class Llama:
         files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. Raises `FileNotFoundError` or
         `ValueError` for files or arguments that are missing or wrong, `RuntimeError` if the memory does not suffice.
         """
-        paths = checkpoint.find_shards(Path(ckpt_dir))
+        source = checkpoint.find(Path(ckpt_dir))
         tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
-        model = load(paths, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype)
+        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype)
         return Llama(model, tokenizer, seed=seed)
 
     @property

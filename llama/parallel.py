@@ -104,7 +104,7 @@ def end_job_on_error(store: dist.Store) -> None:
             first = store.add("llama/failed ranks", 1) == 1
         except RuntimeError:  # the store is gone with the rank that kept it
             first = True
-        if first:
+        if first and not issubclass(kind, KeyboardInterrupt):
             shown(kind, error, trace)
         sys.stdout.flush()
         sys.stderr.flush()

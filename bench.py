@@ -1,0 +1,283 @@
+"""How fast this machine runs a model, beside what the machine could do and, with --peers, beside `transformers`.
+
+    python bench.py                                  # the demo checkpoint
+    python bench.py --shape 110m --dtype float32 --peers
+    torchrun --standalone --nproc_per_node 2 bench.py --shape 15m
+
+Decoding reads every weight once for each token, so memory bandwidth bounds it; a prompt is bound by matrix products.
+Both limits are measured in the same run, and each figure stands beside its share of the limit. Engines take turns,
+and every figure is the median of its turns. The last line printed is the whole result as JSON.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import fire
+import torch
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Transformer, parallel
+from llama.decode import Batch
+from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, use_device
+
+DEMO = Path(__file__).parent / "demo"
+SHAPES = {
+    "15m": dict(dim=288, n_layers=6, n_heads=6, vocab_size=32000, multiple_of=32),
+    "110m": dict(dim=768, n_layers=12, n_heads=12, vocab_size=32000, multiple_of=32),
+    "1.1b": dict(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, vocab_size=32000, multiple_of=256),
+    "7b": dict(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, multiple_of=256),
+}
+
+
+def main(
+    shape: str = "demo",
+    ckpt_dir: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    prompts: tuple[int, ...] = (32, 512, 2048),
+    batches: tuple[int, ...] = (1, 4, 16),
+    steps: int = 32,
+    turns: int = 3,
+    peers: bool = False,
+):
+    """Print one table and one JSON line.
+
+    Args:
+        shape: demo (the checkpoint in demo/), or random weights of 15m, 110m, 1.1b or 7b.
+        ckpt_dir: measure this checkpoint instead.
+        dtype: float32, bfloat16 or float16; what the device computes natively if not given.
+        device: cuda, mps or cpu; the best of them if not given.
+        prompts: prompt lengths in tokens; those beyond the context are left out.
+        batches: rows decoded at once, with the prompt length that is nearest to 512.
+        steps: tokens decoded in a turn.
+        turns: how often each engine takes its turn.
+        peers: also run transformers' LlamaForCausalLM (static cache, sdpa) on the same weights.
+    """
+    prompts, batches = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (prompts, batches))
+    model = load_checkpoint(ckpt_dir or DEMO, prompts, batches, steps, device, dtype) if ckpt_dir or shape == "demo" \
+        else random_model(shape, prompts, batches, steps, device, dtype)  # fmt: skip
+    where, kind = model.norm.weight.device, model.norm.weight.dtype
+    engines = {"llama": Ours(model)}
+    if peers:
+        engines["transformers"] = Transformers(model)
+    limits = machine_limits(where, kind)
+    results = [
+        result
+        for rows, length in cases(prompts, batches, model.params.max_seq_len - steps)
+        for result in measure(engines, model, rows, length, steps, turns)
+    ]
+    after = machine_limits(where, kind)
+    limits = {name: max(value, after[name]) for name, value in limits.items()}
+    if parallel.world()[0] == 0:
+        print_table(results, limits, model)
+        print(json.dumps(summary(results, limits, model, ckpt_dir or shape)))
+
+
+def cases(prompts: tuple[int, ...], batches: tuple[int, ...], longest: int) -> list[tuple[int, int]]:
+    """(rows, prompt length): every length with one row, and every batch at the length nearest to 512."""
+    fitting = [length for length in prompts if length <= longest] or [longest]
+    middle = min(fitting, key=lambda length: abs(length - 512))
+    return [(1, length) for length in fitting] + [(rows, middle) for rows in batches if rows > 1]
+
+
+def load_checkpoint(folder, prompts, batches, steps, device, dtype) -> Transformer:
+    longest = max(prompts) + steps
+    return Llama.build(folder, max_seq_len=longest, max_batch_size=max(batches), device=device, dtype=dtype).model
+
+
+def random_model(shape, prompts, batches, steps, device, dtype) -> Transformer:
+    """Weights of the shape, made in place; the same on no two ranks, which changes no speed."""
+    if shape not in SHAPES:
+        raise ValueError(f"shape is {shape!r}; it must be demo or one of {', '.join(SHAPES)}.")
+    device = choose_device(device, parallel.local_world()[0])
+    use_device(device)
+    parallel.initialize(None, collective_backend(device), device)
+    dtype = choose_dtype(dtype, torch.bfloat16, device)
+    args = ModelArgs(**SHAPES[shape], max_seq_len=max(prompts) + steps, max_batch_size=max(batches))
+    with torch.device("meta"):
+        model = Transformer(args)
+    state = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
+    for name, weight in state.items():
+        weight.fill_(1.0) if "norm" in name else weight.normal_(std=0.02)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+class Ours:
+    """This library: prefill, then steps, the likeliest token each time."""
+
+    def __init__(self, model: Transformer):
+        self.model = model
+
+    def prefill(self, prompts: Tensor) -> Tensor:
+        self.model.own_cache().ids = []  # nothing is reused
+        self.batch = Batch(self.model, prompts.tolist())
+        return self.batch.prefill()[0].argmax(-1)
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self.batch.step(ids.tolist()).argmax(-1)
+
+
+class Transformers:
+    """transformers' model over the same storage: scaled dot product attention and a static cache, stepped by hand."""
+
+    def __init__(self, model: Transformer):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        args = model.params
+        self.config = LlamaConfig(
+            hidden_size=args.dim,
+            num_hidden_layers=args.n_layers,
+            num_attention_heads=args.n_heads,
+            num_key_value_heads=args.kv_heads,
+            intermediate_size=args.ffn_hidden_dim,
+            vocab_size=args.vocab_size,
+            rms_norm_eps=args.norm_eps,
+            max_position_embeddings=args.max_seq_len,
+            attn_implementation="sdpa",
+        )
+        weight = model.norm.weight
+        with torch.device("meta"):
+            self.model = LlamaForCausalLM(self.config)
+        self.model.load_state_dict(peer_names(model.state_dict()), assign=True)
+        self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.config).to(weight.device)
+        self.model.eval()
+        self.length = args.max_seq_len
+
+    @torch.no_grad()
+    def prefill(self, prompts: Tensor) -> Tensor:
+        from transformers import StaticCache
+
+        self.cache = StaticCache(config=self.config, max_cache_len=self.length)
+        return self.run(prompts)
+
+    @torch.no_grad()
+    def step(self, ids: Tensor) -> Tensor:
+        return self.run(ids[:, None])
+
+    def run(self, tokens: Tensor) -> Tensor:
+        out = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return out.logits[:, -1].argmax(-1)
+
+
+def peer_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under transformers' names, shared. The order of q and k rows is left as it is: it costs nothing."""
+    parts = {
+        "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
+        "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    }  # fmt: skip
+
+    def rename(name: str) -> str:
+        name = name.removesuffix(".weight")
+        if name.startswith("layers."):
+            _, layer, part = name.split(".", 2)
+            return f"model.layers.{layer}.{parts[part]}.weight"
+        return f"{parts[name]}.weight"
+
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes a second of the fastest of several reads of 2 GiB, operations a second of the best of ten products."""
+    size = 2**31 if device.type != "cpu" or parallel.size() == 1 else 2**29
+    buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
+    matrix, ones = buffer.view(-1, 8192), torch.ones(8192, device=device)
+    reads = (buffer.sum, buffer.max, lambda: matrix @ ones)
+    read = max(size / seconds(work, device) for work in reads for _ in range(3))
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    a @ b
+    return {"read": read, "matrix": max(2 * 2048**3 / seconds(lambda: a @ b, device) for _ in range(10))}
+
+
+def measure(engines: dict, model: Transformer, rows: int, length: int, steps: int, turns: int) -> list[dict]:
+    """The median time of a prefill and of a step for each engine, taking turns; the first turn only warms up."""
+    device = model.norm.weight.device
+    prompts = torch.randint(3, model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    times = {name: ([], []) for name in engines}
+    for turn in range(turns + 1):
+        for name, engine in engines.items():
+            box = []
+            prefill = seconds(lambda engine=engine, box=box: box.append(engine.prefill(prompts)), device)
+            decode = []
+            for _ in range(steps):
+                decode.append(seconds(lambda engine=engine, box=box: box.append(engine.step(box.pop())), device))
+            if turn:
+                times[name][0].append(prefill)
+                times[name][1].append(statistics.median(decode))
+    return [
+        {"engine": name, "rows": rows, "prompt": length, "first_token_s": statistics.median(prefill),
+         "step_s": statistics.median(decode)}
+        for name, (prefill, decode) in times.items()
+    ]  # fmt: skip
+
+
+def work_of(model: Transformer, rows: int, length: int) -> tuple[float, float]:
+    """(operations of a prefill, bytes of a step at that length) of this rank."""
+    args, weight = model.params, model.norm.weight
+    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    output = model.output.weight.numel()
+    pairs = length * (length + 1) / 2  # of a query and a key it sees
+    attention = 4 * args.n_layers * pairs * args.dim / parallel.size()
+    cache = 2 * args.n_layers * max(args.kv_heads // parallel.size(), 1) * args.head_dim * length
+    return rows * (2 * matrices * length + 2 * output + attention), (matrices + output + rows * cache) * weight.itemsize
+
+
+def print_table(results: list[dict], limits: dict[str, float], model: Transformer) -> None:
+    args = model.params
+    print(
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads x {parallel.size()} ranks, "
+        f"{model.norm.weight.device}, {dtype_name(model.norm.weight.dtype)}, "
+        f"dim {args.dim}, {args.n_layers} layers, vocabulary {args.vocab_size}\n"
+        f"limits: read {limits['read'] / 1e9:.1f} GB/s, matrix {limits['matrix'] / 1e12:.3f} TFLOP/s\n"
+    )
+    print("| engine | rows | prompt | first token, ms | prefill, tokens/s | of matrix | decode, tokens/s | of read |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for r in results:
+        operations, size = work_of(model, r["rows"], r["prompt"])
+        print(
+            f"| {r['engine']} | {r['rows']} | {r['prompt']} | {r['first_token_s'] * 1e3:.1f} | "
+            f"{r['rows'] * r['prompt'] / r['first_token_s']:,.0f} | "
+            f"{operations / r['first_token_s'] / limits['matrix']:.0%} | {r['rows'] / r['step_s']:,.1f} | "
+            f"{size / r['step_s'] / limits['read']:.0%} |"
+        )
+    print()
+
+
+def summary(results: list[dict], limits: dict[str, float], model: Transformer, name: str) -> dict:
+    return {
+        "date": date.today().isoformat(),
+        "model": str(name),
+        "device": str(model.norm.weight.device),
+        "dtype": dtype_name(model.norm.weight.dtype),
+        "ranks": parallel.size(),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "limits": limits,
+        "results": results,
+    }
+
+
+if __name__ == "__main__":
+    sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
+    fire.Fire(main)

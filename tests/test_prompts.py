@@ -1,0 +1,241 @@
+"""Dialogs to text and ids: literal text, and ids put together here from sentencepiece's own calls."""
+
+import struct
+
+import pytest
+
+from llama.prompts import (
+    B_INST,
+    B_SYS,
+    E_INST,
+    E_SYS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    encode_dialog,
+    format_dialog,
+)
+from llama.tokenizer import Tokenizer
+
+BOS, EOS = 1, 2
+
+
+def dialog(*contents: str, system: str | None = None) -> list[dict]:
+    """User and assistant taking turns, after an optional system message."""
+    turns = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
+    return ([] if system is None else [{"role": "system", "content": system}]) + turns
+
+
+CASES = {
+    "one turn": (
+        dialog("Where is the red cup?"),
+        ["[INST] Where is the red cup? [/INST]"],
+    ),
+    "system and one turn": (
+        dialog("Where is it?", system="Answer in one word."),
+        ["[INST] <<SYS>>\nAnswer in one word.\n<</SYS>>\n\nWhere is it? [/INST]"],
+    ),
+    "two turns": (
+        dialog("Who has the ball?", "Anna has it.", "And the cup?"),
+        ["[INST] Who has the ball? [/INST] Anna has it. ", "[INST] And the cup? [/INST]"],
+    ),
+    "system and three turns": (
+        dialog("one", "1", "two", "2", "three", system="Count."),
+        [
+            "[INST] <<SYS>>\nCount.\n<</SYS>>\n\none [/INST] 1 ",
+            "[INST] two [/INST] 2 ",
+            "[INST] three [/INST]",
+        ],
+    ),
+    "space around every turn is stripped": (
+        dialog("  hi \n", "\t hello  ", "\n\nbye  now\t"),
+        ["[INST] hi [/INST] hello ", "[INST] bye  now [/INST]"],
+    ),
+    "system text and the turn it joins keep the space between them": (
+        dialog("  hi  ", system="  Be kind. \n"),
+        ["[INST] <<SYS>>\n  Be kind. \n\n<</SYS>>\n\n  hi [/INST]"],
+    ),
+    "empty system text keeps its tags": (
+        dialog("hi", system=""),
+        ["[INST] <<SYS>>\n\n<</SYS>>\n\nhi [/INST]"],
+    ),
+    "unicode": (
+        dialog("日本の本はどこ? 😀", "В саду, naïve café", "Спасибо"),
+        ["[INST] 日本の本はどこ? 😀 [/INST] В саду, naïve café ", "[INST] Спасибо [/INST]"],
+    ),
+    "quotes and braces": (
+        dialog('Say "it\'s" and {x} \\n 100%s', system="Don't 'quote' \"me\"."),
+        ["[INST] <<SYS>>\nDon't 'quote' \"me\".\n<</SYS>>\n\nSay \"it's\" and {x} \\n 100%s [/INST]"],
+    ),
+    "empty contents": (
+        dialog("", "", ""),
+        ["[INST]  [/INST]  ", "[INST]  [/INST]"],
+    ),
+    "control tokens in text stay text": (
+        dialog("<s>hi</s>", "</s><s>", "ok"),
+        ["[INST] <s>hi</s> [/INST] </s><s> ", "[INST] ok [/INST]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_text_of_each_exchange(case):
+    given, expected = CASES[case]
+    assert format_dialog(given) == expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ids_are_each_exchange_encoded_on_its_own(case, tokenizer, raw_sp):
+    given, texts = CASES[case]
+    expected = []
+    for text in texts[:-1]:
+        expected += [BOS, *raw_sp.encode(text), EOS]
+    expected += [BOS, *raw_sp.encode(texts[-1])]
+    ids = encode_dialog(tokenizer, given)
+    assert ids == expected
+    assert all(type(i) is int for i in ids)
+    assert ids.count(BOS) == len(texts) and ids.count(EOS) == len(texts) - 1
+
+
+# A tokenizer small enough to read ids by eye: a character c outside of PIECES is its bytes b, each with id 3 + b.
+PIECES = ["\u2581", "[", "]", "/", "I", "N", "S", "T", "IN", "ST", "INST", "\u2581[", "\u2581[/"]  # from id 259 on
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+
+
+def field(number: int, value: int | float | bytes) -> bytes:
+    """One field of a protocol buffer message: an integer below 2**14, a float, or bytes."""
+    if isinstance(value, float):
+        return bytes([number << 3 | 5]) + struct.pack("<f", value)
+
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128, n >> 7])
+
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tmp_path_factory) -> Tokenizer:
+    """A sentencepiece model written by hand, so that its ids depend on no training."""
+    pieces = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
+    pieces += [(f"<0x{byte:02X}>", BYTE) for byte in range(256)] + [(piece, NORMAL) for piece in PIECES]
+    model = b"".join(
+        field(1, field(1, piece.encode()) + field(2, -float(rank)) + field(3, kind))
+        for rank, (piece, kind) in enumerate(pieces)
+    )
+    bpe_with_bytes = field(3, 2) + field(4, len(pieces)) + field(35, 1)
+    keep_spaces_and_add_one = field(1, b"identity") + field(3, 1) + field(4, 0) + field(5, 1)
+    path = tmp_path_factory.mktemp("plain") / "tokenizer.model"
+    path.write_bytes(model + field(2, bpe_with_bytes) + field(3, keep_spaces_and_add_one))
+    return Tokenizer(str(path))
+
+
+# fmt: off
+LITERAL = [
+    (dialog("hi"), [1, 270, 269, 261, 259, 107, 108, 271, 269, 261]),
+    (dialog("a", system="b"), [1, 270, 269, 261, 259, 63, 63, 265, 92, 265, 65, 65, 13, 101, 13, 63, 63, 262, 265, 92,
+                               265, 65, 65, 13, 13, 100, 271, 269, 261]),
+    (dialog("a", "b", "c"), [1, 270, 269, 261, 259, 100, 271, 269, 261, 259, 101, 259, 2,
+                             1, 270, 269, 261, 259, 102, 271, 269, 261]),
+    (dialog("a", "b", "c", "d", "e", system="f"), [1, 270, 269, 261, 259, 63, 63, 265, 92, 265, 65, 65, 13, 105, 13, 63,
+                                                   63, 262, 265, 92, 265, 65, 65, 13, 13, 100, 271, 269, 261, 259, 101,
+                                                   259, 2,
+                                                   1, 270, 269, 261, 259, 102, 271, 269, 261, 259, 103, 259, 2,
+                                                   1, 270, 269, 261, 259, 104, 271, 269, 261]),
+    (dialog("  a\n", "\tb  ", " c d "), [1, 270, 269, 261, 259, 100, 271, 269, 261, 259, 101, 259, 2,
+                                        1, 270, 269, 261, 259, 102, 259, 103, 271, 269, 261]),
+    (dialog(" a ", system=" b\n"), [1, 270, 269, 261, 259, 63, 63, 265, 92, 265, 65, 65, 13, 259, 101, 13, 13, 63, 63,
+                                    262, 265, 92, 265, 65, 65, 13, 13, 259, 100, 271, 269, 261]),
+    (dialog("a", system=""), [1, 270, 269, 261, 259, 63, 63, 265, 92, 265, 65, 65, 13, 13, 63, 63, 262, 265, 92, 265,
+                              65, 65, 13, 13, 100, 271, 269, 261]),
+    (dialog("é", "日", "😀"), [1, 270, 269, 261, 259, 198, 172, 271, 269, 261, 259, 233, 154, 168, 259, 2,
+                              1, 270, 269, 261, 259, 243, 162, 155, 131, 271, 269, 261]),
+    (dialog("<s>", "</s>", "\"'"), [1, 270, 269, 261, 259, 63, 118, 65, 271, 269, 261, 259, 63, 262, 118, 65, 259, 2,
+                                   1, 270, 269, 261, 259, 37, 42, 271, 269, 261]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("given", "ids"), LITERAL, ids=range(len(LITERAL)))
+def test_literal_ids(plain_tokenizer, given, ids):
+    assert encode_dialog(plain_tokenizer, given) == ids
+
+
+def test_one_joined_string_would_give_other_ids(tokenizer, raw_sp):
+    """Encoded as one text, the second turn loses its own leading space piece, and BOS and EOS become letters."""
+    given, texts = CASES["two turns"]
+    ids = encode_dialog(tokenizer, given)
+    joined = [BOS, *raw_sp.encode("".join(texts))]
+    assert [i for i in ids if i not in (BOS, EOS)] != joined[1:]
+    tags_as_text = raw_sp.encode(f"<s>{texts[0]}</s><s>{texts[1]}")
+    assert BOS not in tags_as_text and EOS not in tags_as_text
+    assert tags_as_text != ids
+
+
+def test_constants_of_the_release():
+    assert (B_INST, E_INST) == ("[INST]", "[/INST]")
+    assert (B_SYS, E_SYS) == ("<<SYS>>\n", "\n<</SYS>>\n\n")
+    assert list(SPECIAL_TAGS) == ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"]
+    assert UNSAFE_ERROR == "Error: special tags are not allowed as part of the prompt."
+
+
+def test_a_dialog_is_not_changed(tokenizer):
+    given, _ = CASES["system and three turns"]
+    before = [dict(message) for message in given]
+    encode_dialog(tokenizer, given)
+    assert given == before
+
+
+def roles(*names: str) -> list[dict]:
+    return [{"role": name, "content": "hi"} for name in names]
+
+
+@pytest.mark.parametrize(
+    ("given", "index", "found", "wanted"),
+    [
+        (roles("assistant"), 0, "assistant", "user"),
+        (roles("user", "user"), 1, "user", "assistant"),
+        (roles("user", "assistant", "assistant"), 2, "assistant", "user"),
+        (roles("system", "assistant"), 1, "assistant", "user"),
+        (roles("user", "system"), 1, "system", "assistant"),
+        (roles("system", "system", "user"), 1, "system", "user"),
+        (roles("user", "assistant", "system", "user"), 2, "system", "user"),
+        (roles("User"), 0, "User", "user"),
+        (roles("system", "user", "bot", "user"), 2, "bot", "assistant"),
+    ],
+)
+def test_a_wrong_role_is_named_with_its_index_and_the_right_one(tokenizer, given, index, found, wanted):
+    with pytest.raises(ValueError, match=rf"\b{index}\b") as caught:
+        encode_dialog(tokenizer, given)
+    message = str(caught.value)
+    assert repr(found) in message and repr(wanted) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "given", [roles("user", "assistant"), roles("system", "user", "assistant"), roles("system")], ids=len
+)
+def test_a_dialog_must_end_with_the_user(tokenizer, given):
+    with pytest.raises(ValueError, match="user"):
+        encode_dialog(tokenizer, given)
+
+
+@pytest.mark.parametrize("given", [[], ()], ids=["list", "tuple"])
+def test_an_empty_dialog_is_refused(tokenizer, given):
+    with pytest.raises(ValueError, match="empty"):
+        encode_dialog(tokenizer, given)
+
+
+@pytest.mark.parametrize("content", [None, 7, ["hi"], b"hi", {"text": "hi"}], ids=repr)
+def test_content_must_be_a_string(tokenizer, content):
+    given = dialog("hi", "hello", "again")
+    given[2]["content"] = content
+    with pytest.raises(ValueError, match=r"\b2\b") as caught:
+        encode_dialog(tokenizer, given)
+    assert type(content).__name__ in str(caught.value)
+
+
+@pytest.mark.parametrize("message", [{"role": "user"}, {"content": "hi"}, "hi", None], ids=repr)
+def test_a_message_needs_a_role_and_a_content(tokenizer, message):
+    with pytest.raises(ValueError, match=r"\b0\b"):
+        encode_dialog(tokenizer, [message])

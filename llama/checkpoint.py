@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
 FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+HALF_SPLIT = ("attention.wq.weight", "attention.wk.weight")  # rows in another order there
 OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
 
@@ -71,13 +72,11 @@ class Checkpoint:
     is incomplete or holds something else.
     """
 
-    half_split = False  # whether a rotary pair of q and k is stored half a head apart, rather than side by side
-
     def __init__(self, folder: Path):
         self.folder, self.sizes = folder, folder / "params.json"
         self.files = find_shards(folder)
         self.params = read_json(self.sizes)
-        self.shards: list[Mapping[str, Tensor | StoredTensor]] = []
+        self.shards: list[Mapping[str, Piece]] = []
 
     def open(self) -> None:
         """Open the files. A vocabulary that the sizes leave open (-1) is then the number of rows in the embedding."""
@@ -93,8 +92,6 @@ class Checkpoint:
 
 class HuggingFaceCheckpoint(Checkpoint):
     """A folder with `config.json` and either safetensors or `pytorch_model*.bin`: whole matrices, in any file."""
-
-    half_split = True
 
     def __init__(self, folder: Path):
         self.folder, self.sizes = folder, folder / "config.json"
@@ -113,6 +110,8 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise ValueError(f"{', '.join(twice[:4])} is in more than one file of {self.folder}; keep the right one.")
         ours = {theirs: name for name, theirs in self.names.items()}
         shard = {ours.get(name, name): tensor for tensors in opened for name, tensor in tensors.items()}
+        head_dim = self.params["dim"] // self.params["n_heads"]
+        shard |= {name: HalfSplit(shard[name], head_dim) for name in shard if name.endswith(HALF_SPLIT)}
         if self.config.get("tie_word_embeddings") and "tok_embeddings.weight" in shard:
             shard.setdefault("output.weight", shard["tok_embeddings.weight"])
         self.shards = [shard]
@@ -275,6 +274,22 @@ class StoredTensor:
         return self.stored[(slice(None),) * dim + (slice(start, start + length),)]
 
 
+class HalfSplit:
+    """Rows of q or k stored in Hugging Face's order; `narrow`, on dimension 0, gives them in Meta's."""
+
+    def __init__(self, piece: Tensor | StoredTensor, head_dim: int):
+        self.piece, self.head_dim = piece, head_dim
+        self.shape, self.dtype = piece.shape, piece.dtype
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        first = start // self.head_dim * self.head_dim
+        count = -(-(start + length) // self.head_dim) * self.head_dim - first
+        return interleave(self.piece.narrow(dim, first, count), self.head_dim).narrow(0, start - first, length)
+
+
+Piece = Tensor | StoredTensor | HalfSplit
+
+
 def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, none read yet. Raises `ImportError` without the library, else as `open_shard`."""
     try:
@@ -329,7 +344,7 @@ def stored_dtype(checkpoint: Checkpoint, convert: bool) -> torch.dtype:
 
 
 def slices(
-    checkpoint: Checkpoint,
+    shards: Sequence[Mapping[str, Piece]],
     local_shapes: Mapping[str, Sequence[int]],
     *,
     rank: int,
@@ -337,19 +352,20 @@ def slices(
     vocab_size: int,
     kv_rows: int,
     head_dim: int,
+    sizes: str = "params.json",
+    stored_name: Callable[[str], str] = str,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of rank `rank` of `size`, in the shape that `local_shapes` says, one at a time, in Meta's row order.
+    """Each tensor of rank `rank` of `size`, in the shape that `local_shapes` says, one at a time.
 
     `kv_rows` is the number of rows of the whole wk. With fewer key-value heads than ranks, rank r takes the head
     r * heads // size, so neighbours share one; an output layer that `size` does not divide is padded with zero rows.
-    A slice of one file on dimension 0 is a view of the file, any other a copy, and so are rows put in another order:
-    a slice of q or k is whole heads, and the order changes within a head. Raises `ValueError` for a tensor whose whole
-    shape does not fit.
+    A slice of one file on dimension 0 is a view of the file, any other a copy. Raises `ValueError`, in which `sizes`
+    and `stored_name` name the files' things, for a tensor whose whole shape does not fit.
     """
     for name, shape in local_shapes.items():
         part = name.split(".")[-2]
         cut = CUT.get(part)
-        pieces = [shard[name] for shard in checkpoint.shards]
+        pieces = [shard[name] for shard in shards]
         if cut is None:
             start, whole, pieces = 0, list(shape), pieces[:1]
         elif part in ("wk", "wv"):
@@ -358,19 +374,21 @@ def slices(
             start, whole = rank * shape[cut], [length * size if d == cut else length for d, length in enumerate(shape)]
         if part == "output":
             whole[0] = vocab_size
-        found = list(pieces[0].shape)
-        if cut is not None and len(found) == 2:
-            found[cut] = sum(piece.shape[cut] for piece in pieces)
+        found = joined_shape(pieces, cut)
         if found != whole:
-            raise ValueError(
-                f"{checkpoint.stored_name(name)} has the shape {tuple(found)}, but {checkpoint.sizes.name} describes "
-                f"{tuple(whole)}."
-            )
-        tensor = take(pieces, cut or 0, start, shape[cut or 0])
-        yield name, interleave(tensor, head_dim) if checkpoint.half_split and part in ("wq", "wk") else tensor
+            raise ValueError(f"{stored_name(name)} has the shape {tuple(found)}, but {sizes} describes {tuple(whole)}.")
+        yield name, take(pieces, cut or 0, start, shape[cut or 0])
 
 
-def take(pieces: Sequence[Tensor | StoredTensor], dim: int, start: int, length: int) -> Tensor:
+def joined_shape(pieces: Sequence[Piece], cut: int | None) -> list[int]:
+    """The shape of the pieces laid side by side on `cut`; of the first where they are copies."""
+    shape = list(pieces[0].shape)
+    if cut is not None and len(shape) == 2:
+        shape[cut] = sum(piece.shape[cut] for piece in pieces)
+    return shape
+
+
+def take(pieces: Sequence[Piece], dim: int, start: int, length: int) -> Tensor:
     """`length` entries from `start` of the pieces laid side by side on `dim`, padded with zeros at the end."""
     parts, begin = [], 0
     for piece in pieces:

@@ -109,13 +109,15 @@ def fill(model: Transformer, source: checkpoint.Checkpoint, device: torch.device
     args, started = model.params, time.perf_counter()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     tensors = checkpoint.slices(
-        source,
+        source.shards,
         shapes,
         rank=parallel.rank(),
         size=parallel.size(),
         vocab_size=args.vocab_size,
         kv_rows=args.kv_heads * args.head_dim,
         head_dim=args.head_dim,
+        sizes=source.sizes.name,
+        stored_name=source.stored_name,
     )
     state = {}
     shown = parallel.world()[0] == 0 and sys.stderr.isatty()

@@ -15,37 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llama import checkpoint, parallel
+from llama import checkpoint, parallel, prompts
 from llama.decode import Batch
 from llama.device import dtype_name
 from llama.loading import check_vocabulary, load
 from llama.model import Transformer
-from llama.prompts import (
-    B_INST,
-    B_SYS,
-    E_INST,
-    E_SYS,
-    SPECIAL_TAGS,
-    UNSAFE_ERROR,
-    Dialog,
-    Message,
-    Role,
-    check_dialog,
-    encode_dialog,
-    encode_infilling,
-    find_special_tag,
-)
-from llama.request import (
-    ChatPrediction,
-    CompletionPrediction,
-    InfillingPrediction,
-    Options,
-    Piece,
-    Request,
-    Row,
-    Score,
-    drain,
-)
+from llama.prompts import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message, Role
+from llama.request import ChatPrediction, CompletionPrediction, Options, Piece, Request, Row, Score, drain
 from llama.sampling import log_probs, sample, sample_top_p
 from llama.stopping import Completion
 from llama.tokenizer import Tokenizer
@@ -63,7 +39,6 @@ __all__ = [
     "ChatPrediction",
     "CompletionPrediction",
     "Dialog",
-    "InfillingPrediction",
     "Llama",
     "Message",
     "Piece",
@@ -103,16 +78,18 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        lora: str | Path | None = None,
     ) -> Llama:
         """Open a checkpoint folder and make it ready to generate.
 
         Under `torchrun` the model is shared by `model_parallel_size` ranks (all by default), whatever the number of
-        files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. Raises `FileNotFoundError` or
-        `ValueError` for files or arguments that are missing or wrong, `RuntimeError` if the memory does not suffice.
+        files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. `lora` is the folder of an adapter, in
+        PEFT's layout, to merge into the weights. Raises `FileNotFoundError` or `ValueError` for files or arguments
+        that are missing or wrong, `RuntimeError` if the memory does not suffice.
         """
         source = checkpoint.find(Path(ckpt_dir))
         tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
-        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype)
+        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype, lora)
         return Llama(model, tokenizer, seed=seed)
 
     @property
@@ -197,10 +174,10 @@ class Llama:
         """
         dialogs = parallel.broadcast_object(dialogs, self.device)
         for index, dialog in enumerate(dialogs):
-            check_dialog(dialog, f"Dialog {index}")
+            prompts.check_dialog(dialog, f"Dialog {index}")
         predictions = [self.refusal(dialog, logprobs) for dialog in dialogs]
         accepted = [index for index, prediction in enumerate(predictions) if prediction is None]
-        prompt_tokens = [encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
+        prompt_tokens = [prompts.encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, rows=accepted, **options)
         rows = drain(self.start(request), len(dialogs))
         for index in accepted:
@@ -218,7 +195,7 @@ class Llama:
         logprobs: bool = False,
         suffix_first: bool = False,
         **options: Unpack[Options],
-    ) -> list[InfillingPrediction]:
+    ) -> list[CompletionPrediction]:
         """Write what belongs between each prefix and its suffix. Arguments and errors as for `generate`.
 
         EOT ends a row, with `finish_reason` "stop". `suffix_first` puts the suffix before the prefix in the prompt,
@@ -228,7 +205,7 @@ class Llama:
         if isinstance(prefixes, str) or isinstance(suffixes, str) or len(prefixes) != len(suffixes):
             raise ValueError("Prefixes and suffixes must be two lists of strings, of equal length.")
         pairs = list(zip(prefixes, suffixes, strict=True))
-        prompt_tokens = [encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
+        prompt_tokens = [prompts.encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, infilling=True, **options)
         rows = drain(self.start(request), len(pairs))
         return [
@@ -256,7 +233,7 @@ class Llama:
 
     def refusal(self, dialog: Dialog, logprobs: bool) -> ChatPrediction | None:
         """The answer to a dialog that holds a special tag, None for one that may be answered."""
-        found = find_special_tag(dialog)
+        found = prompts.find_special_tag(dialog)
         if found is None:
             return None
         row = Row(finish_reason="refused")

@@ -17,9 +17,13 @@ FinishReason = Literal["eos", "stop", "length", "refused"]
 
 
 class CompletionPrediction(TypedDict, total=False):
-    """`tokens` (each id decoded alone) and `logprobs`, of equal length, are there with `logprobs=True`."""
+    """`tokens` (each id decoded alone) and `logprobs`, of equal length, are there with `logprobs=True`.
+
+    `full_text` is there where a hole was filled in: prefix, generation and suffix together.
+    """
 
     generation: str
+    full_text: str
     finish_reason: FinishReason
     tokens: list[str]
     logprobs: list[float]
@@ -33,12 +37,6 @@ class ChatPrediction(TypedDict, total=False):
     tokens: list[str]
     logprobs: list[float]
     refusal: str
-
-
-class InfillingPrediction(CompletionPrediction, total=False):
-    """`generation` is the middle, `full_text` prefix, middle and suffix together."""
-
-    full_text: str
 
 
 class Score(TypedDict):

@@ -1,42 +1,27 @@
 """`Llama`: a model and its tokenizer, and the one loop that makes text of them.
 
-`stream` is that loop; `generate`, `text_completion`, `chat_completion` and `score` drain it. This module knows nothing
-of HTTP, argument parsing or fairscale.
+`stream` is that loop; `generate`, `text_completion`, `chat_completion`, `text_infilling` and `score` drain
+it. This module knows nothing of HTTP, argument parsing or fairscale.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import math
-import numbers
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from llama import checkpoint, parallel
+from llama import checkpoint, parallel, prompts
 from llama.decode import Batch
 from llama.device import dtype_name
 from llama.loading import check_vocabulary, load
 from llama.model import Transformer
-from llama.prompts import (
-    B_INST,
-    B_SYS,
-    E_INST,
-    E_SYS,
-    SPECIAL_TAGS,
-    UNSAFE_ERROR,
-    Dialog,
-    Message,
-    Role,
-    check_dialog,
-    encode_dialog,
-    find_special_tag,
-)
+from llama.prompts import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message, Role
+from llama.request import ChatPrediction, CompletionPrediction, Options, Piece, Request, Row, Score, drain
 from llama.sampling import log_probs, sample, sample_top_p
 from llama.stopping import Completion
 from llama.tokenizer import Tokenizer
@@ -61,122 +46,6 @@ __all__ = [
     "Score",
     "sample_top_p",
 ]
-
-FinishReason = Literal["eos", "stop", "length", "refused"]
-
-
-class CompletionPrediction(TypedDict, total=False):
-    """`tokens` (each id decoded alone) and `logprobs`, of equal length, are there with `logprobs=True`."""
-
-    generation: str
-    finish_reason: FinishReason
-    tokens: list[str]
-    logprobs: list[float]
-
-
-class ChatPrediction(TypedDict, total=False):
-    """As `CompletionPrediction`; `refusal` says which message of a refused dialog holds which tag."""
-
-    generation: Message
-    finish_reason: FinishReason
-    tokens: list[str]
-    logprobs: list[float]
-    refusal: str
-
-
-class Score(TypedDict):
-    tokens: list[str]
-    logprobs: list[float]
-
-
-class Options(TypedDict, total=False):
-    """Keyword arguments that all calls pass on to `stream`."""
-
-    top_k: int | None
-    stop: Sequence[str | int] | None
-    seed: int | None
-
-
-class Piece(NamedTuple):
-    """What became certain of one row: some ids, some whole characters; the row's last piece says why it ended."""
-
-    row: int
-    ids: list[int]
-    text: str
-    logprobs: list[float] | None
-    finish_reason: FinishReason | None
-
-
-def is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-@dataclasses.dataclass
-class Request:
-    """The arguments of one call, the same on every rank once the first rank's have been broadcast."""
-
-    prompts: Sequence[Sequence[int]]
-    max_gen_len: int | None
-    temperature: float
-    top_p: float
-    logprobs: bool
-    echo: bool
-    top_k: int | None = None
-    stop: Sequence[str | int] | None = None
-    seed: int | None = None
-    rows: Sequence[int] | None = None  # the caller's index of each prompt; None: 0, 1, 2, ...
-
-    def check(self, vocab_size: int, max_seq_len: int) -> None:
-        """Raise `ValueError` for the first argument that is out of its range, or prompt that does not fit."""
-        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
-            raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number.")
-        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1 (1 keeps every token).")
-        for name, least in (("top_k", 1), ("max_gen_len", 0)):
-            value = getattr(self, name)
-            if value is not None and not (is_integer(value) and value >= least):
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}, or None.")
-        if self.seed is not None and not is_integer(self.seed):
-            raise ValueError(f"seed is {self.seed!r}; it must be an integer, or None to continue the sequence.")
-        if isinstance(self.stop, str) or not all((isinstance(s, str) and s) or is_integer(s) for s in self.stop or ()):
-            raise ValueError(f"stop is {self.stop!r}; it must be a list of non-empty strings and token ids.")
-        for row, prompt in zip(self.rows, self.prompts, strict=True):
-            if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
-                raise ValueError(f"Prompt {row} is {prompt!r}; it must be a list of token ids that begins with BOS.")
-            wrong = next((id for id in prompt if not (is_integer(id) and 0 <= id < vocab_size)), None)
-            if wrong is not None:
-                raise ValueError(f"Prompt {row} holds {wrong!r}; token ids are integers from 0 to {vocab_size - 1}.")
-            if len(prompt) > max_seq_len:
-                raise ValueError(
-                    f"Prompt {row} has {len(prompt)} tokens, more than max_seq_len {max_seq_len}; shorten it, or build "
-                    "with a larger max_seq_len."
-                )
-
-
-@dataclasses.dataclass
-class Row:
-    """A row's pieces put together."""
-
-    ids: list[int] = dataclasses.field(default_factory=list)
-    text: str = ""
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-
-def drain(pieces: Iterable[Piece], count: int) -> list[Row]:
-    """Run a stream of `count` rows to its end."""
-    rows = [Row() for _ in range(count)]
-    for index, ids, text, logprobs, finish_reason in pieces:
-        row = rows[index]
-        row.ids += ids
-        row.text += text
-        row.logprobs += logprobs or []
-        row.finish_reason = finish_reason
-    return rows
 
 
 def row_uniforms(seed: int, row: int, count: int) -> Tensor:
@@ -209,16 +78,18 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        lora: str | Path | None = None,
     ) -> Llama:
         """Open a checkpoint folder and make it ready to generate.
 
         Under `torchrun` the model is shared by `model_parallel_size` ranks (all by default), whatever the number of
-        files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. Raises `FileNotFoundError` or
-        `ValueError` for files or arguments that are missing or wrong, `RuntimeError` if the memory does not suffice.
+        files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. `lora` is the folder of an adapter, in
+        PEFT's layout, to merge into the weights. Raises `FileNotFoundError` or `ValueError` for files or arguments
+        that are missing or wrong, `RuntimeError` if the memory does not suffice.
         """
-        paths = checkpoint.find_shards(Path(ckpt_dir))
+        source = checkpoint.find(Path(ckpt_dir))
         tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
-        model = load(paths, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype)
+        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype, lora)
         return Llama(model, tokenizer, seed=seed)
 
     @property
@@ -303,16 +174,44 @@ class Llama:
         """
         dialogs = parallel.broadcast_object(dialogs, self.device)
         for index, dialog in enumerate(dialogs):
-            check_dialog(dialog, f"Dialog {index}")
+            prompts.check_dialog(dialog, f"Dialog {index}")
         predictions = [self.refusal(dialog, logprobs) for dialog in dialogs]
         accepted = [index for index, prediction in enumerate(predictions) if prediction is None]
-        prompt_tokens = [encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
+        prompt_tokens = [prompts.encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, rows=accepted, **options)
         rows = drain(self.start(request), len(dialogs))
         for index in accepted:
             answer = {"role": "assistant", "content": rows[index].text}
             predictions[index] = self.prediction(rows[index], answer, logprobs)
         return predictions
+
+    def text_infilling(
+        self,
+        prefixes: Sequence[str],
+        suffixes: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        suffix_first: bool = False,
+        **options: Unpack[Options],
+    ) -> list[CompletionPrediction]:
+        """Write what belongs between each prefix and its suffix. Arguments and errors as for `generate`.
+
+        EOT ends a row, with `finish_reason` "stop". `suffix_first` puts the suffix before the prefix in the prompt,
+        another order that the models were trained on. Raises `ValueError` for a model that is not made for infilling.
+        """
+        prefixes, suffixes = parallel.broadcast_object((prefixes, suffixes), self.device)
+        if isinstance(prefixes, str) or isinstance(suffixes, str) or len(prefixes) != len(suffixes):
+            raise ValueError("Prefixes and suffixes must be two lists of strings, of equal length.")
+        pairs = list(zip(prefixes, suffixes, strict=True))
+        prompt_tokens = [prompts.encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, infilling=True, **options)
+        rows = drain(self.start(request), len(pairs))
+        return [
+            self.prediction(row, row.text, logprobs) | {"full_text": prefix + row.text + suffix}
+            for row, (prefix, suffix) in zip(rows, pairs, strict=True)
+        ]
 
     def score(self, texts: Sequence[str]) -> list[Score]:
         """The log-probability of each token of each text, BOS first with 0.0; nothing is generated."""
@@ -334,7 +233,7 @@ class Llama:
 
     def refusal(self, dialog: Dialog, logprobs: bool) -> ChatPrediction | None:
         """The answer to a dialog that holds a special tag, None for one that may be answered."""
-        found = find_special_tag(dialog)
+        found = prompts.find_special_tag(dialog)
         if found is None:
             return None
         row = Row(finish_reason="refused")
@@ -360,7 +259,7 @@ class Llama:
 
     def run_chunk(self, request: Request, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
         """One prefill for all rows of a chunk, then one step for each token; `rows` are their indices in the call."""
-        outputs = [Completion(self.tokenizer, request.stop or ()) for _ in prompts]
+        outputs = [Completion(self.tokenizer, request.stop or (), request.infilling) for _ in prompts]
         budgets = [self.model.params.max_seq_len - len(prompt) for prompt in prompts]
         if request.max_gen_len is not None:
             budgets = [min(budget, request.max_gen_len) for budget in budgets]

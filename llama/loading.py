@@ -6,48 +6,50 @@ Knows the order in which these are decided. Does not know text, sampling or how 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llama import checkpoint, parallel
 from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, free_memory, use_device
+from llama.lora import Adapter
 from llama.model import ModelArgs, Transformer
 
 
 def load(
-    paths: Sequence[Path],
+    source: checkpoint.Checkpoint,
     n_words: int,
     max_seq_len: int,
     max_batch_size: int,
     model_parallel_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    lora: str | Path | None = None,
 ) -> Transformer:
-    """This rank's share of the model in the files `paths`, with its cache, on its device.
+    """This rank's share of the model in `source`, changed by the adapter in `lora`, with its cache, on its device.
 
     `n_words` is the tokenizer's vocabulary, for sizes that leave theirs open and to refuse a tokenizer that does not
     belong. Errors as for `Llama.build`.
     """
     started = time.perf_counter()
-    params = checkpoint.read_params(paths[0].parent)
     device = choose_device(device, parallel.local_world()[0])
     use_device(device)
     parallel.initialize(model_parallel_size, collective_backend(device), device)
-    args = model_args(params, n_words, max_seq_len, max_batch_size)
+    source.open()
+    args = model_args(source.params, n_words, max_seq_len, max_batch_size)
     with torch.device("meta"):
         model = Transformer(args)
-    shards = [checkpoint.open_shard(path) for path in paths]
-    checkpoint.check_names(shards, model.state_dict(), paths)
-    stored = shards[0]["tok_embeddings.weight"].dtype
+    checkpoint.check_names(source, model.state_dict())
+    stored = checkpoint.stored_dtype(source, convert=dtype is not None)
     dtype = choose_dtype(dtype, stored, device)
     check_memory(args, dtype, device)
-    fill(model, shards, device, dtype)
+    adapter = None if lora is None else Adapter(Path(lora), args.n_layers, args.head_dim)
+    fill(model, source, device, dtype, adapter)
     model.own_cache()
     if parallel.world()[0] == 0:
         report(args, device, dtype, stored, time.perf_counter() - started)
@@ -107,19 +109,23 @@ def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> N
     )
 
 
-def fill(model: Transformer, shards: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> None:
+def fill(
+    model: Transformer, source: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype, adapter: Adapter | None
+) -> None:
     """Give the meta-device model this rank's share of the weights, one tensor at a time."""
     args, started = model.params, time.perf_counter()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tensors = checkpoint.slices(
-        shards,
-        shapes,
+    cut = functools.partial(
+        checkpoint.slices,
         rank=parallel.rank(),
         size=parallel.size(),
         vocab_size=args.vocab_size,
         kv_rows=args.kv_heads * args.head_dim,
         head_dim=args.head_dim,
     )
+    tensors = cut(source.shards, shapes, sizes=source.sizes.name, stored_name=source.stored_name)
+    if adapter is not None:
+        tensors = adapter.merge(tensors, cut)
     state = {}
     shown = parallel.world()[0] == 0 and sys.stderr.isatty()
     for name, tensor in tensors:

@@ -1,4 +1,4 @@
-"""Dialogs to token ids, in the form Llama 2's chat models were trained on.
+"""Dialogs and texts with a hole to token ids, in the forms Llama 2's chat models and Code Llama were trained on.
 
 One exchange is a user turn with its answer. Each is encoded on its own, so special ids stand exactly here:
 
@@ -9,7 +9,13 @@ One exchange is a user turn with its answer. Each is encoded on its own, so spec
     first question [/INST] first answer EOS BOS [INST] second question [/INST]
 
 The tags are ordinary text; only BOS and EOS are ids. Encoding the joined text in one piece would give other ids.
-Source: Llama 2, arXiv:2307.09288, sections 3.3 and A.3; this module knows nothing of torch or the model.
+A text with a hole becomes one sequence of its parts, each behind an id that says which it is; the middle follows:
+
+    BOS <PRE> prefix <SUF> suffix <MID>        prefix-suffix-middle
+    BOS <PRE> <SUF> suffix <MID> prefix        suffix-prefix-middle, "suffix first"
+
+Sources: Llama 2, arXiv:2307.09288, sections 3.3 and A.3; Code Llama, arXiv:2308.12950, section 2.3. This module knows
+nothing of torch or the model.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypedDict
 
-from llama.tokenizer import Tokenizer
+from llama.tokenizer import INFILLING_PIECES, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 
@@ -94,3 +100,22 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
     *finished, last = format_dialog(dialog)
     ids = [id for exchange in finished for id in tokenizer.encode(exchange, bos=True, eos=True)]
     return ids + tokenizer.encode(last, bos=True, eos=False)
+
+
+def encode_infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
+    """The prompt whose continuation, up to EOT, belongs between `prefix` and `suffix`.
+
+    The prefix begins the text, so like any text it has an implied space before its first word; the suffix goes on
+    inside a word or line, so it has none. Raises `ValueError` for a tokenizer without the infilling pieces.
+    """
+    pre, suf, mid = tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id
+    if None in (pre, suf, mid, tokenizer.eot_id):
+        raise ValueError(
+            f"This tokenizer lacks the pieces for infilling ({', '.join(INFILLING_PIECES)}); use Code Llama 7B or 13B, "
+            "base or Instruct, with the tokenizer.model that belongs to it."
+        )
+    before = tokenizer.encode(prefix, bos=False, eos=False)
+    after = tokenizer.encode(suffix, bos=False, eos=False, inner=True)
+    if suffix_first:
+        return [tokenizer.bos_id, pre, suf, *after, mid, *before]
+    return [tokenizer.bos_id, pre, *before, suf, *after, mid]

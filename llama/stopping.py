@@ -26,13 +26,17 @@ class Completion:
 
     With stop string "END", the tokens "a", " E", "N", "D!" come out as ids and text "a", nothing, nothing, then the
     end: text " " (it is before the match), reason "stop", and no id, because the second token touches the match.
+
+    With `infilling`, the text goes on inside another, so a space at its beginning counts, and EOT stops it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str | int] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop: Iterable[str | int] = (), infilling: bool = False):
         self.eos_id = tokenizer.eos_id
         self.stop_ids = {int(entry) for entry in stop if not isinstance(entry, str)}
+        if infilling:
+            self.stop_ids.add(tokenizer.eot_id)
         self.stop_strings = [entry for entry in stop if isinstance(entry, str)]
-        self.decoder = IncrementalDecoder(tokenizer)
+        self.decoder = IncrementalDecoder(tokenizer, begun=infilling)
         self.text = ""
         self.begin = 0  # where generated text begins: no stop string begins before
         self.shown = 0  # characters given out

@@ -12,12 +12,16 @@ from sentencepiece import SentencePieceProcessor
 
 from llama.files import describe
 
+INFILLING_PIECES = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
+MARK = "\ue000"  # a private character, in no vocabulary: no piece joins it to the text behind it
+
 
 class Tokenizer:
     """Sentencepiece byte-pair encoding as Llama 2 uses it.
 
     `n_words` is the size of the vocabulary; `bos_id`, `eos_id` and `pad_id` are its special ids (`pad_id` is -1:
-    Llama has no padding token). `sp_model` is the sentencepiece processor itself.
+    Llama has no padding token). Code Llama's `prefix_id`, `suffix_id`, `middle_id` and `eot_id` frame a text with a
+    hole; each is None where the vocabulary has no such piece. `sp_model` is the sentencepiece processor itself.
     """
 
     def __init__(self, model_path: str | Path):
@@ -38,15 +42,35 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
+        self.prefix_id, self.suffix_id, self.middle_id, self.eot_id = map(self.find_piece, INFILLING_PIECES)
 
-    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+    def find_piece(self, piece: str) -> int | None:
+        id = self.sp_model.piece_to_id(piece)  # of a piece that is not there, the unknown id
+        return id if self.sp_model.id_to_piece(id) == piece else None
+
+    def encode(self, s: str, bos: bool, eos: bool, *, inner: bool = False) -> list[int]:
         """Ids of `s`, with the ids of beginning and end of sequence around them where asked.
 
-        Text never becomes a special id: "<s>" is three characters like any other.
+        Text never becomes a special id: "<s>" is three characters like any other, "<PRE>" is five. A space before the
+        first word is implied, unless `inner` says that the text goes on inside another.
         """
         if not isinstance(s, str):
             raise ValueError(f"Text to encode must be a string, not {type(s).__name__}.")
-        return [self.bos_id] * bos + self.sp_model.encode(s) + [self.eos_id] * eos
+        sp = self.sp_model
+        ids = sp.encode(MARK + s)[len(sp.encode(MARK)) :] if inner else sp.encode(s)
+        return [self.bos_id] * bos + self.spell(ids) + [self.eos_id] * eos
+
+    def spell(self, ids: list[int]) -> list[int]:
+        """The ids with those of infilling pieces, which some vocabularies find in ordinary text, as characters."""
+        special = {self.prefix_id, self.suffix_id, self.middle_id, self.eot_id}
+        if special.isdisjoint(ids):
+            return ids
+        spelled = []
+        for id in ids:
+            text = self.sp_model.id_to_piece(id).replace("\u2581", " ")
+            halves = (text[:-1], text[-1]) if id in special else ()  # neither contains the piece
+            spelled += [part for half in halves for part in self.encode(half, False, False, inner=True)] or [id]
+        return spelled
 
     def decode(self, ids: int | Iterable[int]) -> str:
         """The text of the ids: special ids have none, bytes that form no UTF-8 character become U+FFFD."""
@@ -65,11 +89,13 @@ class IncrementalDecoder:
     byte tokens, so it exists only once its last byte has come:
 
         feed(id of <0xF0>) -> ""   feed(<0x9F>) -> ""   feed(<0x98>) -> ""   feed(<0x80>) -> "😀"
+
+    Text that goes on inside another has `begun` before its first id.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, begun: bool = False):
         self.sp_model = tokenizer.sp_model
-        self.begun = False  # whether a piece with text has come, so that a leading space counts
+        self.begun = begun  # whether a piece with text has come, so that a leading space counts
         self.bytes = b""  # the bytes of a character that is not complete
 
     def feed(self, id: int) -> str:

@@ -122,10 +122,8 @@ def sentences() -> Iterator[str]:
         yield rng.choice(["  two spaces", "Привет, мир", "日本の本", "naïve café", '"quoted" and it\'s fine'])
 
 
-@pytest.fixture(scope="session")
-def tokenizer_path(tmp_path_factory) -> Path:
+def train_tokenizer(folder: Path, **options) -> Path:
     """A sentencepiece model with Llama's choices: BPE, byte fallback, no normalisation, a dummy prefix space."""
-    folder = tmp_path_factory.mktemp("tokenizer")
     spm.SentencePieceTrainer.train(
         sentence_iterator=sentences(),
         model_prefix=str(folder / "tokenizer"),
@@ -144,8 +142,14 @@ def tokenizer_path(tmp_path_factory) -> Path:
         pad_id=-1,
         num_threads=1,
         minloglevel=2,
+        **options,
     )
     return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_path(tmp_path_factory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

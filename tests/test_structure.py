@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "device": set(),
     "parallel": set(),
     "sampling": set(),
+    "request": {"prompts"},
     "model": {"parallel"},
     "decode": {"model", "sampling"},
     "quantize": {"parallel"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "stopping": {"tokenizer"},
     "checkpoint": {"files"},
     "lora": {"checkpoint"},
-    "loading": {"checkpoint", "device", "model", "parallel", "tokenizer"},
+    "loading": {"checkpoint", "device", "lora", "model", "parallel", "tokenizer"},
 }
 MAY_IMPORT["generation"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = {"generation", "model", "prompts", "tokenizer"}

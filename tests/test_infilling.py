@@ -1,0 +1,280 @@
+"""Code Llama: a text with a hole to ids, the middle back to text, and sizes that come from params.json alone."""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE_PARAMS, build_model, random_weights, train_tokenizer, write_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama.generation import Llama
+from llama.loading import model_args
+from llama.prompts import encode_infilling
+from llama.tokenizer import IncrementalDecoder, Tokenizer
+
+ROOT = Path(__file__).parent.parent
+PIECES = ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]  # in the order in which training gives them ids, from 3 on
+PRE, MID, SUF, EOT = 3, 4, 5, 6
+BOS, EOS, SPACE = 1, 2, 419  # the last: a space on its own
+CONTEXT = 48
+
+
+@pytest.fixture(scope="session", params=["user_defined_symbols", "control_symbols"])
+def code_path(request, tmp_path_factory) -> Path:
+    """A tokenizer with the infilling pieces; as user-defined ones, sentencepiece finds them in ordinary text."""
+    return train_tokenizer(tmp_path_factory.mktemp("code"), **{request.param: PIECES})
+
+
+@pytest.fixture(scope="session")
+def code_tokenizer(code_path) -> Tokenizer:
+    return Tokenizer(code_path)
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.sp_model.id_to_piece(id) for id in ids]
+
+
+# --- encoding ----------------------------------------------------------------------------------------------------
+
+
+def test_the_pieces_are_found(code_tokenizer, tokenizer):
+    found = code_tokenizer.prefix_id, code_tokenizer.middle_id, code_tokenizer.suffix_id, code_tokenizer.eot_id
+    assert found == (PRE, MID, SUF, EOT)
+    assert (tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id) == (None,) * 4
+
+
+def test_prefix_suffix_middle(code_tokenizer):
+    ids = encode_infilling(code_tokenizer, "Where is the ", "red cup?")
+    assert ids == [BOS, PRE, 317, 278, 266, SPACE, SUF, 351, 339, 443, MID]
+    assert pieces(code_tokenizer, ids) == (
+        ["<s>", "▁<PRE>", "▁Where", "▁is", "▁the", "▁", "▁<SUF>", "red", "▁cup", "?", "▁<MID>"]
+    )
+
+
+def test_suffix_first(code_tokenizer):
+    ids = encode_infilling(code_tokenizer, "Where is the ", "red cup?", suffix_first=True)
+    assert ids == [BOS, PRE, SUF, 351, 339, 443, MID, 317, 278, 266, SPACE]
+
+
+def test_the_suffix_has_the_spaces_it_has_and_no_other(code_tokenizer):
+    """Beginnings of a suffix: within a word, before a word, two spaces, a line break, an unknown character."""
+    expected = {
+        "red": ["red"],
+        " red": ["▁red"],
+        "  red": ["▁▁", "red"],
+        "\n red": ["\n", "▁red"],
+        "É": ["<0xC3>", "<0x89>"],
+        "": [],
+    }
+    for suffix, spelled in expected.items():
+        ids = encode_infilling(code_tokenizer, "", suffix)
+        assert ids[:3] == [BOS, PRE, SUF] and ids[-1] == MID
+        assert pieces(code_tokenizer, ids[3:-1]) == spelled, suffix
+
+
+@given(st.text(st.sampled_from(" \n\tredcup?Where<>PSUFMIDEOT7é😀\ue000▁"), max_size=20))
+def test_text_inside_a_text_is_what_follows_a_line_break(raw_sp, tokenizer_path, text):
+    """A character that joins with nothing stands for any text before; decoding what follows it gives the text back."""
+    tokenizer = Tokenizer(tokenizer_path)
+    ids = tokenizer.encode(text, bos=False, eos=False, inner=True)
+    before = raw_sp.encode("☃")
+    assert ids == raw_sp.encode("☃" + text)[len(before) :]
+    decoder = IncrementalDecoder(tokenizer, begun=True)
+    assert "".join(map(decoder.feed, ids)) + decoder.flush() == text.replace("▁", " ")
+
+
+SPECIAL_TEXTS = ["<PRE>", " <PRE> x", "a <EOT> b", "  <SUF>", "red <MID> <MID>\n <EOT>", "▁<EOT>", "x<PRE>"]
+
+
+@pytest.mark.parametrize("text", SPECIAL_TEXTS)
+def test_text_never_becomes_a_special_id(code_tokenizer, text):
+    """Whoever writes the code in an editor must not be able to end the prefix or to answer in the model's place."""
+    for ids in (code_tokenizer.encode(text, False, False), code_tokenizer.encode(text, False, False, inner=True)):
+        assert not {BOS, EOS, PRE, MID, SUF, EOT} & set(ids)
+    plain = text.replace("▁", " ")
+    assert code_tokenizer.decode(code_tokenizer.encode(text, False, False)) == plain
+    for suffix_first in (False, True):
+        ids = encode_infilling(code_tokenizer, text, text, suffix_first)
+        assert sorted(id for id in ids if id < 7) == [BOS, PRE, MID, SUF]
+
+
+def test_a_special_piece_in_text_is_spelled_in_place(code_tokenizer):
+    assert code_tokenizer.encode("a <EOT> b", False, False) == [326, SPACE, 432, 76, 463, 441, 433, 283]
+
+
+def test_a_tokenizer_without_the_pieces_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"lacks the pieces for infilling .*▁<PRE>.*; use Code Llama 7B or 13B"):
+        encode_infilling(tokenizer, "a", "b")
+
+
+def test_parts_that_are_no_text_are_refused(code_tokenizer):
+    for parts in ((None, "b"), ("a", 3)):
+        with pytest.raises(ValueError, match="must be a string"):
+            encode_infilling(code_tokenizer, *parts)
+
+
+# --- filling in --------------------------------------------------------------------------------------------------
+
+
+def saying(tokenizer: Tokenizer, chain: list[int], max_seq_len: int = CONTEXT) -> Llama:
+    """A model that follows each id of the chain with the next one and any other with EOS: layers that add nothing."""
+    params = BASE_PARAMS | {"dim": 512, "n_layers": 1, "vocab_size": tokenizer.n_words, "ffn_dim_multiplier": 0.05}
+    state = {name: torch.zeros_like(weight) for name, weight in random_weights(params).items()}
+    state |= {name: torch.ones_like(weight) for name, weight in state.items() if "norm" in name}
+    state["tok_embeddings.weight"] = torch.eye(tokenizer.n_words, 512)
+    followers = dict.fromkeys(range(tokenizer.n_words), EOS) | dict(itertools.pairwise(chain))
+    for id, follower in followers.items():
+        state["output.weight"][follower, id] = 16 / math.sqrt(512)
+    return Llama(build_model(params, state, max_seq_len=max_seq_len), tokenizer)
+
+
+def middle(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, bos=False, eos=False, inner=True)
+
+
+def test_the_middle_joins_its_neighbours(code_tokenizer):
+    """A middle that begins with a space keeps it, which text at the very beginning would lose."""
+    llama = saying(code_tokenizer, [MID, *middle(code_tokenizer, " red cup"), EOT, 7])
+    (result,) = llama.text_infilling(["Where is the"], [" in the garden?"], temperature=0)
+    assert result == {
+        "generation": " red cup",
+        "full_text": "Where is the red cup in the garden?",
+        "finish_reason": "stop",
+    }
+
+
+def test_suffix_first_continues_the_prefix(code_tokenizer):
+    last = code_tokenizer.encode("Anna", False, False)[-1]
+    llama = saying(code_tokenizer, [last, *middle(code_tokenizer, " said"), EOT])
+    results = llama.text_infilling(["Anna"], ["!"], 0, suffix_first=True)
+    assert results[0]["full_text"] == "Anna said!"
+    assert llama.text_infilling(["Anna"], ["!"], 0)[0]["generation"] == ""  # after <MID>, the chain is not there
+
+
+def test_tokens_and_logprobs(code_tokenizer):
+    ids = middle(code_tokenizer, "red cup")
+    llama = saying(code_tokenizer, [MID, *ids, EOT])
+    (result,) = llama.text_infilling(["the "], ["."], temperature=0, logprobs=True)
+    assert result["tokens"] == [code_tokenizer.decode(id) for id in ids]
+    assert len(result["logprobs"]) == len(ids) and all(-0.01 < p < 0 for p in result["logprobs"])
+    assert "tokens" not in llama.text_infilling(["the "], ["."], temperature=0)[0]
+
+
+@pytest.mark.parametrize(
+    ("chain_end", "options", "text", "reason"),
+    [
+        ([EOT], {}, "red cup", "stop"),
+        ([EOS], {}, "red cup", "eos"),
+        ([EOT], {"max_gen_len": 1}, "red", "length"),
+        ([EOT], {"stop": [" c"]}, "red", "stop"),
+        ([EOT], {"stop": []}, "red cup", "stop"),
+    ],
+)
+def test_why_it_ended(code_tokenizer, chain_end, options, text, reason):
+    llama = saying(code_tokenizer, [MID, *middle(code_tokenizer, "red cup"), *chain_end])
+    (result,) = llama.text_infilling(["the "], ["."], temperature=0, **options)
+    assert (result["generation"], result["finish_reason"]) == (text, reason)
+
+
+def test_eot_stops_nothing_else(code_tokenizer):
+    """In a completion the same id is a piece like another: what it means is for infilling to say."""
+    llama = saying(code_tokenizer, [317, EOT, 351])
+    assert llama.generate([[BOS, 317]], 5, temperature=0)[0] == [[EOT, 351]]
+
+
+def test_rows_keep_their_order_and_their_text(code_tokenizer):
+    """More holes than the batch has rows; every third ends at once."""
+    llama = saying(code_tokenizer, [MID, *middle(code_tokenizer, "red"), EOT])
+    prefixes, suffixes = [f"cup {n} " for n in range(6)], [" " + "ball " * n for n in range(6)]
+    results = llama.text_infilling(prefixes, suffixes, temperature=0)
+    assert [r["full_text"] for r in results] == [p + "red" + s for p, s in zip(prefixes, suffixes, strict=True)]
+    assert llama.text_infilling([], []) == []
+
+
+@pytest.mark.parametrize(("prefixes", "suffixes"), [(["a", "b"], ["c"]), ("a", "b"), (["a"], "b")])
+def test_lists_that_do_not_match_are_refused(code_tokenizer, prefixes, suffixes):
+    llama = saying(code_tokenizer, [MID, EOT])
+    with pytest.raises(ValueError, match="two lists of strings, of equal length"):
+        llama.text_infilling(prefixes, suffixes)
+
+
+def test_arguments_are_checked_as_elsewhere(code_tokenizer):
+    llama = saying(code_tokenizer, [MID, EOT], max_seq_len=8)
+    with pytest.raises(ValueError, match="stop is 'x'"):
+        llama.text_infilling(["a"], ["b"], stop="x")
+    with pytest.raises(ValueError, match=r"Prompt 1 has \d+ tokens, more than max_seq_len 8"):
+        llama.text_infilling(["a", "a " * 20], ["b", "b"])
+
+
+def test_a_model_that_is_not_for_infilling_says_so(tokenizer):
+    with pytest.raises(ValueError, match="lacks the pieces for infilling"):
+        saying(tokenizer, [7, 8]).text_infilling(["a"], ["b"])
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+CODE_7B = {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 256, "ffn_dim_multiplier": 1.0}
+CODE_34B = {"dim": 8192, "n_layers": 48, "n_heads": 64, "n_kv_heads": 8, "multiple_of": 256, "ffn_dim_multiplier": 1.0}
+CODE_70B = CODE_34B | {"n_layers": 80, "multiple_of": 4096, "ffn_dim_multiplier": 1.3}
+
+
+@pytest.mark.parametrize(
+    ("params", "n_words", "vocab_size", "rope_theta", "hidden"),
+    [
+        (CODE_7B | {"rope_theta": 1000000}, 32016, 32016, 1e6, 11008),  # with infilling
+        (CODE_7B | {"rope_theta": 1000000, "vocab_size": 32016}, 32016, 32016, 1e6, 11008),
+        (CODE_7B | {"rope_theta": 1e6, "vocab_size": 32000}, 32000, 32000, 1e6, 11008),  # Python
+        (CODE_34B | {"rope_theta": 1000000}, 32000, 32000, 1e6, 22016),
+        (CODE_70B | {"rope_theta": 10000}, 32016, 32016, 1e4, 28672),  # Python and Instruct: not 1e6
+        (CODE_7B, 32016, 32016, 1e4, 11008),  # not said: the default, whatever the vocabulary
+    ],
+)
+def test_sizes_come_from_params_alone(params, n_words, vocab_size, rope_theta, hidden):
+    args = model_args(params | {"norm_eps": 1e-5}, n_words, 512, 4)
+    assert (args.vocab_size, args.rope_theta, args.ffn_hidden_dim) == (vocab_size, rope_theta, hidden)
+
+
+def test_a_checkpoint_with_the_larger_vocabulary_opens_and_fills_in(tmp_path, code_path):
+    params = BASE_PARAMS | {"vocab_size": 480, "rope_theta": 1000000}
+    write_checkpoint(tmp_path, params | {"vocab_size": -1}, random_weights(params, seed=3), code_path)
+    llama = Llama.build(tmp_path, max_seq_len=64, device="cpu")
+    assert llama.model.params.rope_theta == 1e6 and llama.model.vocab_size == 480
+    (result,) = llama.text_infilling(["Where is "], ["?"], seed=1, max_gen_len=8)
+    assert result["full_text"] == "Where is " + result["generation"] + "?"
+
+
+# --- the example -------------------------------------------------------------------------------------------------
+
+
+def run_example(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, str(ROOT / "example_infilling.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, encoding="latin-1")
+
+
+def test_the_example_says_what_it_needs():
+    result = run_example()
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "--ckpt_dir" in result.stderr and "Code Llama 7B or 13B" in result.stderr
+
+
+def test_the_example_fills_its_holes(tmp_path, code_path):
+    params = BASE_PARAMS | {"vocab_size": 480}
+    write_checkpoint(tmp_path, params, random_weights(params, seed=3), code_path)
+    result = run_example("--ckpt_dir", str(tmp_path), "--max_gen_len", "5", "--suffix_first")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("def ") == result.stdout.count(">>>") == result.stdout.count("\n====") == 2
+
+
+def test_the_example_refuses_a_model_for_text(tmp_path, tokenizer_path):
+    params = BASE_PARAMS | {"vocab_size": 480}
+    write_checkpoint(tmp_path, params, random_weights(params), tokenizer_path)
+    result = run_example("--ckpt_dir", str(tmp_path))
+    assert result.returncode == 1 and "lacks the pieces for infilling" in result.stderr
+    assert "Traceback" not in result.stderr

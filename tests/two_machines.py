@@ -1,0 +1,36 @@
+"""What `two_machines.sh` runs: make a tiny checkpoint, and print a checkpoint's greedy ids from the first rank."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # where the library is not installed
+
+from llama import Llama
+from llama.parallel import size, world
+
+PROMPTS = ["Where is the red cup?", "Anna took", ""]
+
+
+def make(folder: Path) -> None:
+    from conftest import BASE_PARAMS, random_weights, train_tokenizer, write_checkpoint
+
+    params = BASE_PARAMS | {"n_kv_heads": 2, "vocab_size": 480}
+    with tempfile.TemporaryDirectory() as temporary:
+        write_checkpoint(folder, params, random_weights(params, seed=8), train_tokenizer(Path(temporary)))
+
+
+def print_ids(folder: Path) -> None:
+    """One line a row, each id followed by a comma; on two machines, the model must really be shared."""
+    llama = Llama.build(folder, max_seq_len=64, device="cpu", dtype="float32")
+    assert size() == world()[1], "the ranks do not share one model"
+    prompts = [llama.tokenizer.encode(prompt, bos=True, eos=False) for prompt in PROMPTS]
+    rows, _ = llama.generate(prompts, 24, temperature=0)
+    if world()[0] == 0:
+        for row in rows:
+            print("".join(f"{id}," for id in row))
+
+
+if __name__ == "__main__":
+    command, folder = sys.argv[1:]
+    {"make": make, "ids": print_ids}[command](Path(folder))

@@ -72,10 +72,10 @@ class Adapter:
         raise FileNotFoundError(f"No adapter_model.safetensors or adapter_model.bin in {self.folder}.")
 
     def setting(self, key: str, patterns: str, module: str) -> float:
-        """Rank or alpha of a module: of the first pattern that its name ends in, else the common one."""
+        """Rank or alpha of a module: of the first pattern that its name ends in, else the common one, 8 unless said."""
         patterns = self.config.get(patterns) or {}
         matching = (value for end, value in patterns.items() if re.fullmatch(rf"(.*\.)?({end})", module))
-        return next(matching, self.config.get(key))
+        return next(matching, self.config.get(key, 8))
 
     def product(self, module: str, a: Piece | None, b: Piece | None) -> Product:
         rank, alpha = self.setting("r", "rank_pattern", module), self.setting("lora_alpha", "alpha_pattern", module)

@@ -4,8 +4,8 @@
 #
 #   sudo tests/two_machines.sh [CKPT_DIR]      needs Linux, root and iproute2; without CKPT_DIR, makes a tiny checkpoint
 #
-# PYTHON names the interpreter (python3 if not set). Exit status: 0 the same ids, 1 a difference or a failure, 2 wrong
-# arguments, 77 not run, for want of root or of a tool.
+# PYTHON names the interpreter (python3 if not set). Exit status: 0 the same ids, 2 wrong arguments, 77 not run, for want
+# of root or of a tool; any other, different ids or a failure.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}

@@ -214,7 +214,7 @@ def plan_meta(source: Source, shards: int | None) -> int:
     args, count = source.args, 1 if shards is None else shards
     lengths = (args.dim, args.ffn_hidden_dim, args.kv_heads * args.head_dim)
     allowed = [n for n in range(1, args.n_heads + 1) if not any(length % n for length in lengths)]
-    if count not in allowed:
+    if type(count) is not int or count not in allowed:
         raise ValueError(f"--shards is {count!r}; the matrices of this model divide into {allowed} files.")
     return count
 

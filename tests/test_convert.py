@@ -254,7 +254,7 @@ def test_the_command(source, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out == "", "results are files; what is shown belongs on standard error"
-    assert "100%" in err and "0.00 GB" in err and "\r" in err
+    assert "100%" in err and err.count("%") > 5, "a bar that moves"
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
     assert not list(tmp_path.glob("*.partial"))
 
@@ -272,9 +272,9 @@ def test_a_wrong_argument_ends_in_its_sentence(source, tmp_path):
 def test_an_interruption_leaves_nothing_that_looks_finished(source, tmp_path, number):
     """Stopped once its first file is written, at the tokenizer: a pipe into which nobody writes the rest."""
     pipe = tmp_path / "tokenizer.pipe"
-    tokenizer = (source / "tokenizer.model").read_bytes()
     script = (
-        "import sys, pathlib, llama.convert as c\n"
+        "import signal, llama.convert as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # tests run in the background inherit its absence
         "def copy(self, path, name):\n"
         "    print('copying', flush=True)\n"
         f"    open({str(pipe)!r}, 'rb').read()\n"
@@ -289,7 +289,7 @@ def test_an_interruption_leaves_nothing_that_looks_finished(source, tmp_path, nu
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert tokenizer and process.stdout.readline() == "copying\n"
+    assert process.stdout.readline() == "copying\n"
     partial = tmp_path / "out.partial"
     assert (partial / "consolidated.00.pth").exists() and not (tmp_path / "out").exists()
     process.send_signal(number)

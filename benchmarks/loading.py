@@ -67,8 +67,8 @@ def write(folder: str, shape: str = "7B", tokenizer_path: str | None = None) -> 
     folder = Path(folder)
     tokenizer = Path(tokenizer_path or TOKENIZER)
     if not (folder / "hf" / "config.json").exists():
-        (folder / "hf").mkdir(parents=True)
         source = RandomSource(SHAPES[shape], tokenizer)
+        (folder / "hf").mkdir(parents=True, exist_ok=True)
         write_hf(source, plan_hf(source, None), Output(folder / "hf", Bar(source.total())))
     for count in (1, 2):
         if not (folder / f"meta{count}").exists():
@@ -148,13 +148,13 @@ def rank(checkpoint: str, dtype: str, out: str) -> None:
 
     def watch() -> None:
         while True:
-            last = done.wait(0.002)
+            last = done.wait(0.005)
             for key, value in resident().items():
                 peaks[key] = max(peaks[key], value)
             if last:
                 return
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began = time.perf_counter()
     model = Llama.build(checkpoint, max_seq_len=512, max_batch_size=1, device="cpu", dtype=dtype).model

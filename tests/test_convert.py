@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE_PARAMS, random_weights, write_checkpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, checkpoint
@@ -192,6 +192,38 @@ def test_tied_weights_are_written_out(tmp_path, tokenizer_path):
     convert(tmp_path / "two", tmp_path / "back", to="hf")
     assert theirs(tmp_path / "hf").equal(expected)
     assert theirs(tmp_path / "back").equal(expected)
+
+
+def write_adapter(folder: Path, rows: int = 16) -> Path:
+    """An adapter for the grouped-query model: a product in q, k and the feed-forward layer, a new output layer."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (rows, 32), "mlp.down_proj": (32, 112)}
+    tensors = {"base_model.model.lm_head.weight": torch.randn(WORDS + 3, 32, generator=generator)}
+    for n in range(2):
+        for name, (out, into) in shapes.items():
+            prefix = f"base_model.model.model.layers.{n}.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = torch.randn(4, into, generator=generator)
+            tensors[f"{prefix}.lora_B.weight"] = torch.randn(out, 4, generator=generator) * 0.1
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "modules_to_save": ["lm_head"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("to, shards", [("meta", 1), ("meta", 4), ("hf", 1)])
+def test_a_merged_adapter_is_written(source, tmp_path, to, shards):
+    """What is written opens without the adapter and computes what base and adapter compute; 4 files cut k's heads."""
+    adapter = write_adapter(tmp_path / "adapter")
+    convert(source, tmp_path / "merged", to, shards, lora=adapter)
+    expected = ours(source, lora=adapter)
+    torch.testing.assert_close(ours(tmp_path / "merged"), expected, atol=1e-4, rtol=0)
+    assert not expected.allclose(ours(source), atol=0.1)
+
+
+def test_an_adapter_for_another_base(source, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", rows=32)
+    refusal(tmp_path, source, "layers.0.attention.wk.weight", str(adapter), "(32, 32)", "(16, 32)", lora=adapter)
 
 
 def test_llama_1_with_an_open_vocabulary(tmp_path, tokenizer_path):

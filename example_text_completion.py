@@ -14,8 +14,9 @@ from llama.parallel import world
 
 DEMO = str(Path(__file__).parent / "demo")
 DEMO_PROMPTS = [
-    "Once upon a time, ",
-    "One morning, a small dog",
+    "Once upon a time",
+    "The little dog",
+    "One sunny morning, Anna",
 ]
 PROMPTS = [
     "I believe the meaning of life is",

@@ -1,6 +1,6 @@
 """Print, as a markdown table, what each model needs of memory: the estimate `Llama.build` checks before it allocates.
 
-    python benchmarks/memory.py
+python benchmarks/memory.py
 """
 
 from llama import ModelArgs

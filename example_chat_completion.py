@@ -5,11 +5,9 @@ python example_chat_completion.py --interactive
 torchrun --standalone --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat/
 """
 
-import sys
 from pathlib import Path
 
-import fire
-
+import flags
 from llama import Dialog, Llama
 from llama.parallel import broadcast_object, world
 from llama.prompts import UNSAFE_ERROR, encode_dialog, find_special_tag
@@ -78,7 +76,10 @@ def main(
     elif stream:
         for dialog in DIALOGS:
             show_dialog(dialog)
-            answer(llama, dialog, sampling)
+            if find_special_tag(dialog):
+                show(f"> Assistant: {UNSAFE_ERROR}")
+            else:
+                answer(llama, dialog, sampling)
             show("\n==================================\n")
     else:
         for dialog, result in zip(DIALOGS, llama.chat_completion(DIALOGS, **sampling), strict=True):
@@ -103,7 +104,10 @@ def converse(llama: Llama, system: str | None, sampling: dict) -> None:
             show(f"(That is too long for max_seq_len {llama.model.params.max_seq_len}; nothing was sent.)")
             continue
         if len(kept) < len(exchanges):
-            show(f"(The context is full: forgot the {(len(exchanges) - len(kept)) // 2} oldest exchanges.)")
+            count = (len(exchanges) - len(kept)) // 2
+            show(
+                f"(The context is full: forgot the {f'{count} oldest exchanges' if count > 1 else 'oldest exchange'}.)"
+            )
         text = answer(llama, [*beginning, *kept, question], sampling)
         exchanges = [*kept, question, {"role": "assistant", "content": text}]
 
@@ -133,9 +137,6 @@ def trim(llama: Llama, beginning: list, exchanges: list, question: dict, max_gen
 
 def answer(llama: Llama, dialog: Dialog, sampling: dict) -> str:
     """Stream the answer to the terminal and return it; Ctrl-C keeps what has come so far."""
-    if find_special_tag(dialog):
-        show(f"> Assistant: {UNSAFE_ERROR}")
-        return UNSAFE_ERROR
     text = ""
     show("> Assistant: ", end="")
     try:
@@ -160,6 +161,4 @@ def show(text: str, end: str = "\n") -> None:
 
 
 if __name__ == "__main__":
-    sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
-    fire.Fire(main)
+    flags.run(main)

@@ -6,8 +6,7 @@ torchrun --standalone --nproc_per_node 2 example_infilling.py --ckpt_dir CodeLla
 
 import sys
 
-import fire
-
+import flags
 from llama import Llama
 from llama.parallel import world
 
@@ -78,6 +77,4 @@ def show(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
-    fire.Fire(main)
+    flags.run(main)

@@ -8,8 +8,7 @@ torchrun --standalone --nproc_per_node 2 example_text_completion.py --ckpt_dir l
 import sys
 from pathlib import Path
 
-import fire
-
+import flags
 from llama import Llama
 from llama.parallel import world
 
@@ -77,6 +76,4 @@ def show(text: str, out, end: str = "\n") -> None:
 
 
 if __name__ == "__main__":
-    sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
-    fire.Fire(main)
+    flags.run(main)

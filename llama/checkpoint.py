@@ -249,13 +249,15 @@ def open_shard(path: Path) -> dict[str, Tensor]:
         zipped = file.read(2) == b"PK"  # torch's format since 1.6; the older one cannot be mapped
     try:
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} holds more than tensors (pickled code, or not a checkpoint at all); it was not run. "
-            "Use a file of weights from a source you trust."
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0][:120]
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):  # the unpickler names the function or class that it was asked for
+            raise ValueError(
+                f"{path} holds more than tensors (pickled code); it was not run. Use a file of weights from a source "
+                "you trust."
+            ) from None
+        raise ValueError(f"{path} is cut short or not a PyTorch checkpoint; fetch it again.") from None
+    except Exception as error:  # what stands where a pickle should makes the unpickler stumble in any way
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise ValueError(f"{path} is cut short or not a PyTorch checkpoint ({reason}); fetch it again.") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors; give a checkpoint in Meta's layout.")
@@ -374,16 +376,19 @@ def slices(
             start, whole = rank * shape[cut], [length * size if d == cut else length for d, length in enumerate(shape)]
         if part == "output":
             whole[0] = vocab_size
-        found = joined_shape(pieces, cut)
+        found = joined_shape(stored_name(name), pieces, cut)
         if found != whole:
             raise ValueError(f"{stored_name(name)} has the shape {tuple(found)}, but {sizes} describes {tuple(whole)}.")
         yield name, take(pieces, cut or 0, start, shape[cut or 0])
 
 
-def joined_shape(pieces: Sequence[Piece], cut: int | None) -> list[int]:
+def joined_shape(name: str, pieces: Sequence[Piece], cut: int | None) -> list[int]:
     """The shape of the pieces laid side by side on `cut`; of the first where they are copies."""
     shape = list(pieces[0].shape)
     if cut is not None and len(shape) == 2:
+        if any(len(piece.shape) != 2 or piece.shape[1 - cut] != shape[1 - cut] for piece in pieces):
+            shapes = ", ".join(str(tuple(piece.shape)) for piece in pieces)
+            raise ValueError(f"{name} has the shapes {shapes}, which are not parts of one matrix.")
         shape[cut] = sum(piece.shape[cut] for piece in pieces)
     return shape
 

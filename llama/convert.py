@@ -26,6 +26,7 @@ from llama import checkpoint
 from llama.checkpoint import CUT, DTYPES, HALF_SPLIT, deinterleave, joined_shape, take
 from llama.device import choose_dtype, dtype_name
 from llama.loading import model_args
+from llama.lora import Adapter, Product
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
 
@@ -111,9 +112,12 @@ class OutputFile:
 
 
 class Source:
-    """An opened checkpoint with its sizes: any part of any tensor, in the number format that will be written."""
+    """An opened checkpoint with its sizes: any part of any tensor as it will be written, an adapter merged in.
 
-    def __init__(self, folder: Path, tokenizer_path: str | Path | None, dtype: str | None):
+    Raises `ValueError` for shapes that do not agree, else as `Llama.build`.
+    """
+
+    def __init__(self, folder: Path, tokenizer_path: str | Path | None, dtype: str | None, lora: str | None = None):
         self.checkpoint = checkpoint.find(folder)
         self.tokenizer_path = Path(tokenizer_path or checkpoint.find_tokenizer(folder))
         self.tokenizer = Tokenizer(self.tokenizer_path)
@@ -124,12 +128,17 @@ class Source:
         checkpoint.check_names(self.checkpoint, self.shapes)
         stored = checkpoint.stored_dtype(self.checkpoint, convert=dtype is not None)
         self.dtype = stored if dtype is None else choose_dtype(dtype, stored, torch.device("cpu"))
-        for name, shape in self.shapes.items():
-            found = joined_shape(self.pieces(name), self.cut(name))
-            if found != list(shape):
+        self.check_shapes({name: joined_shape(self.pieces(name), self.cut(name)) for name in self.shapes}, str(folder))
+        adapter = None if lora is None else Adapter(Path(str(lora)), self.args.n_layers, self.args.head_dim)
+        self.changes = {} if adapter is None else adapter.changes
+        self.check_shapes({name: list(change.shape) for name, change in self.changes.items()}, str(lora))
+
+    def check_shapes(self, found: Mapping[str, list[int]], where: str) -> None:
+        for name, shape in found.items():
+            if shape != list(self.shapes[name]):
                 raise ValueError(
-                    f"{self.checkpoint.stored_name(name)} has the shape {tuple(found)}, but "
-                    f"{self.checkpoint.sizes.name} describes {tuple(shape)}."
+                    f"{self.checkpoint.stored_name(name)} in {where} has the shape {tuple(shape)}, but "
+                    f"{self.checkpoint.sizes.name} describes {tuple(self.shapes[name])}."
                 )
 
     def cut(self, name: str) -> int | None:
@@ -140,11 +149,15 @@ class Source:
 
     def share(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         """Part `index` of `count` of a tensor as Meta cuts it, nearly even where `count` does not divide it."""
-        pieces, cut, shape = self.pieces(name), self.cut(name), self.shapes[name]
+        pieces, cut, length = self.pieces(name), self.cut(name), self.shapes[name][self.cut(name) or 0]
         if cut is None:
-            return take(pieces[:1], 0, 0, shape[0]).to(self.dtype)
-        begin, end = shape[cut] * index // count, shape[cut] * (index + 1) // count
-        return take(pieces, cut, begin, end - begin).to(self.dtype)
+            pieces, index, count = pieces[:1], 0, 1
+        begin, end = length * index // count, length * (index + 1) // count
+        tensor = take(pieces, cut or 0, begin, end - begin)
+        if name in self.changes:
+            change = take([self.changes[name]], cut or 0, begin, end - begin)
+            tensor = tensor.float() + change if isinstance(self.changes[name], Product) else change
+        return tensor.to(self.dtype)
 
     def size(self, name: str) -> int:
         return self.shapes[name].numel() * self.dtype.itemsize
@@ -160,6 +173,7 @@ def convert(
     shards: int | None = None,
     dtype: str | None = None,
     tokenizer_path: str | Path | None = None,
+    lora: str | Path | None = None,
 ) -> None:
     """Write the checkpoint in folder SRC to the new folder DST.
 
@@ -170,13 +184,14 @@ def convert(
         shards: number of weight files; if not given, 1 for meta, and for hf as many as keep them under 5 GB.
         dtype: float32, bfloat16 or float16; if not given, every number is copied as it is.
         tokenizer_path: the tokenizer.model; found in SRC or one level up if not given.
+        lora: folder of an adapter, merged into what is written.
     """
     src, dst = Path(str(src)), Path(str(dst))
     if to not in ("meta", "hf"):
         raise ValueError(f"--to is {to!r}; it must be meta or hf.")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty folder; give a new name, or remove it first.")
-    source = Source(src, tokenizer_path, dtype)
+    source = Source(src, tokenizer_path, dtype, lora)
     plan = plan_meta(source, shards) if to == "meta" else plan_hf(source, shards)
     partial = dst.absolute().with_name(dst.name + ".partial")
     free = shutil.disk_usage(next(parent for parent in partial.parents if parent.is_dir())).free
@@ -214,7 +229,7 @@ def plan_meta(source: Source, shards: int | None) -> int:
     args, count = source.args, 1 if shards is None else shards
     lengths = (args.dim, args.ffn_hidden_dim, args.kv_heads * args.head_dim)
     allowed = [n for n in range(1, args.n_heads + 1) if not any(length % n for length in lengths)]
-    if count not in allowed:
+    if type(count) is not int or count not in allowed:
         raise ValueError(f"--shards is {count!r}; the matrices of this model divide into {allowed} files.")
     return count
 

@@ -53,7 +53,7 @@ class Batch:
         longest = int(lengths.max())
         padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in self.prompts]
         tokens = torch.tensor(padded, device=self.device)  # (B, longest)
-        scores = torch.zeros(tokens.shape, device=self.device) if score else None
+        scores = torch.zeros(tokens.shape, dtype=torch.float32, device=self.device) if score else None
         cache = self.cache.narrow(len(padded), longest)
         final = torch.empty(len(padded), self.model.params.dim, dtype=self.cache.k.dtype, device=self.device)
         width = max(1, PREFILL_TOKENS // len(padded))

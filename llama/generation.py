@@ -18,7 +18,7 @@ from torch import Tensor
 from llama import checkpoint, parallel, prompts
 from llama.decode import Batch
 from llama.device import dtype_name
-from llama.loading import check_vocabulary, load
+from llama.loading import check_vocabulary, join, load
 from llama.model import Transformer
 from llama.prompts import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message, Role
 from llama.request import ChatPrediction, CompletionPrediction, Options, Piece, Request, Row, Score, drain
@@ -29,23 +29,10 @@ from llama.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from typing import Unpack
 
-__all__ = [
-    "B_INST",
-    "B_SYS",
-    "E_INST",
-    "E_SYS",
-    "SPECIAL_TAGS",
-    "UNSAFE_ERROR",
-    "ChatPrediction",
-    "CompletionPrediction",
-    "Dialog",
-    "Llama",
-    "Message",
-    "Piece",
-    "Role",
-    "Score",
-    "sample_top_p",
-]
+__all__ = [  # what callers import from here, some of it defined elsewhere
+    "B_INST", "B_SYS", "E_INST", "E_SYS", "SPECIAL_TAGS", "UNSAFE_ERROR", "ChatPrediction",
+    "CompletionPrediction", "Dialog", "Llama", "Message", "Piece", "Role", "Score", "sample_top_p",
+]  # fmt: skip
 
 
 def row_uniforms(seed: int, row: int, count: int) -> Tensor:
@@ -87,9 +74,10 @@ class Llama:
         PEFT's layout, to merge into the weights. Raises `FileNotFoundError` or `ValueError` for files or arguments
         that are missing or wrong, `RuntimeError` if the memory does not suffice.
         """
+        device = join(model_parallel_size, device)
         source = checkpoint.find(Path(ckpt_dir))
         tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
-        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, model_parallel_size, device, dtype, lora)
+        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, device, dtype, lora)
         return Llama(model, tokenizer, seed=seed)
 
     @property
@@ -138,6 +126,7 @@ class Llama:
         Raises `ValueError` for arguments out of range and prompts that do not fit, `RuntimeError` if the model
         computes numbers that are not finite.
         """
+        prompt_tokens = parallel.broadcast_object(prompt_tokens, self.device)
         pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
         rows = drain(pieces, len(prompt_tokens))
         return [row.ids for row in rows], [row.logprobs for row in rows] if logprobs else None

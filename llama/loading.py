@@ -21,25 +21,29 @@ from llama.lora import Adapter
 from llama.model import ModelArgs, Transformer
 
 
+def join(model_parallel_size: int | None, device: str | torch.device | None) -> torch.device:
+    """Choose this rank's device and meet the other ranks: what fails from here on, one of them says for all."""
+    device = choose_device(device, parallel.local_world()[0])
+    use_device(device)
+    parallel.initialize(model_parallel_size, collective_backend(device), device)
+    return device
+
+
 def load(
     source: checkpoint.Checkpoint,
     n_words: int,
     max_seq_len: int,
     max_batch_size: int,
-    model_parallel_size: int | None = None,
-    device: str | torch.device | None = None,
+    device: torch.device,
     dtype: str | torch.dtype | None = None,
     lora: str | Path | None = None,
 ) -> Transformer:
-    """This rank's share of the model in `source`, changed by the adapter in `lora`, with its cache, on its device.
+    """This rank's share of the model in `source`, changed by the adapter in `lora`, with its cache, on `device`.
 
     `n_words` is the tokenizer's vocabulary, for sizes that leave theirs open and to refuse a tokenizer that does not
     belong. Errors as for `Llama.build`.
     """
     started = time.perf_counter()
-    device = choose_device(device, parallel.local_world()[0])
-    use_device(device)
-    parallel.initialize(model_parallel_size, collective_backend(device), device)
     source.open()
     args = model_args(source.params, n_words, max_seq_len, max_batch_size)
     with torch.device("meta"):
@@ -60,7 +64,7 @@ def model_args(params: Mapping[str, object], n_words: int, max_seq_len: int, max
     """`params.json` as sizes; `vocab_size` -1 means the tokenizer's. Warns of keys that this model has no use for."""
     names = {field.name for field in dataclasses.fields(ModelArgs)} - {"max_seq_len", "max_batch_size"}
     unknown = sorted(params.keys() - names)
-    if unknown:
+    if unknown and parallel.world()[0] == 0:
         warnings.warn(f"params.json has keys that are not used: {', '.join(unknown)}.", stacklevel=3)
     sizes = {name: value for name, value in params.items() if name in names}
     args = ModelArgs(**sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
@@ -91,22 +95,28 @@ def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> N
     weights, cache = args.memory(dtype.itemsize, ranks)
     if weights + cache <= free:
         return
-    fits = []
-    rows, positions = ((free - weights) * size // cache for size in (args.max_batch_size, args.max_seq_len))
-    if rows >= 1:
-        fits.append(f"max_batch_size={rows}")
-    if positions >= 128:
-        fits.append(f"max_seq_len={positions}")
-    if dtype.itemsize > 2 and (weights + cache) // 2 <= free:
-        fits.append("dtype='bfloat16'")
+    fits = smaller_caches(args, dtype.itemsize, free)
+    if dtype.itemsize > 2:
+        halved = sum(args.memory(2, ranks)) <= free
+        with_less = [] if fits else smaller_caches(args, 2, free)
+        fits += ["dtype='bfloat16'"] if halved else [f"dtype='bfloat16' with {values}" for values in with_less]
     more = next((n for n in args.rank_counts() if n > ranks and sum(args.memory(dtype.itemsize, n)) <= free), None)
-    if more:
+    if more and device.type != "cpu":  # ranks on one processor share its memory
         fits.append(f"{more} processes on as many devices")
     advice = f"what fits: {', or '.join(fits)}" if fits else "no max_batch_size, max_seq_len or dtype makes it fit"
     raise RuntimeError(
         f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {dtype_name(dtype)} exceed the "
         f"{free / 1e9:.2f} GB free for this process on {device}; {advice}."
     )
+
+
+def smaller_caches(args: ModelArgs, itemsize: int, free: int) -> list[str]:
+    """The most rows, or positions (128 at least), for which weights and cache fit; one row of fewer if neither does."""
+    weights, cache = args.memory(itemsize, parallel.size())
+    rows, positions = ((free - weights) * size // cache for size in (args.max_batch_size, args.max_seq_len))
+    fits = [f"max_batch_size={rows}"] * (rows >= 1) + [f"max_seq_len={positions}"] * (positions >= 128)
+    of_one_row = (free - weights) * args.max_batch_size * args.max_seq_len // cache
+    return fits or [f"max_batch_size=1 with max_seq_len={of_one_row}"] * (of_one_row >= 128)
 
 
 def fill(

@@ -15,6 +15,7 @@ This module knows nothing of files, text, sampling or quantization, nor which de
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -81,9 +82,12 @@ class ModelArgs:
             value = self.kv_heads if name == "n_kv_heads" else getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a positive integer.")
-        for name in ("norm_eps", "rope_theta"):
-            if not isinstance(getattr(self, name), int | float) or not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a positive number.")
+        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
+            value = getattr(self, name)
+            if name == "ffn_dim_multiplier" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; it must be a positive number.")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads of an even dimension.")
         if self.n_heads % self.kv_heads:

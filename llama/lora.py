@@ -89,7 +89,7 @@ class Adapter:
 
         `cut` is `checkpoint.slices` for that rank. Raises `ValueError`, naming the tensor, if shapes do not agree.
         """
-        own = {"sizes": "the base", "stored_name": f"{self.folder} is for another base: its {{}}".format}
+        own = {"sizes": "the base", "stored_name": lambda name: f"{self.folder} fits another base: its {name}"}
         for name, tensor in tensors:
             if name in self.changes:
                 ((_, change),) = cut([self.changes], {name: tuple(tensor.shape)}, **own)

@@ -169,9 +169,10 @@ def test_the_sum_is_rounded_once(tmp_path, bases, simple, tokenizer_path):
 
 
 def spoiled(tmp_path: Path, simple: Path, config: dict | None = None, change=None) -> Path:
-    """A copy of the adapter with entries of its config replaced and its tensors changed by a function."""
-    text = (simple / "adapter_config.json").read_text()
-    (tmp_path / "adapter_config.json").write_text(json.dumps(json.loads(text) | (config or {})))
+    """A copy of the adapter with entries of its config replaced (by None: removed) and `change` made to its tensors."""
+    entries = json.loads((simple / "adapter_config.json").read_text()) | (config or {})
+    entries = {key: value for key, value in entries.items() if value is not None}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(entries))
     tensors = load_file(simple / "adapter_model.safetensors")
     if change is not None:
         change(tensors)
@@ -216,6 +217,7 @@ OTHER_TENSORS = {
     f"{PREFIX}.layers.2.self_attn.q_proj.lora_A.weight": (4, 32),
     f"{PREFIX}.embed_tokens.lora_embedding_A": (4, 480),
     f"{PREFIX}.norm.weight": (32,),
+    f"{PREFIX}.norm.lora_A.weight": (4, 32),
     "base_model.model.lm_head.lora_A.weight": (4, 32),
     "base_model.model.lm_head.bias": (480,),
     "base_model.model.score.weight": (2, 32),
@@ -272,7 +274,7 @@ def test_factors_that_do_not_belong_together_are_refused(tmp_path, bases, simple
 def test_an_adapter_for_another_base_is_named_by_layer(tmp_path, bases, params, settings, message):
     write_adapter(tmp_path, params, settings)
     for folder in bases["gqa"]:
-        with pytest.raises(ValueError, match=r"is for another base: " + message):
+        with pytest.raises(ValueError, match=r"fits another base: " + message):
             logits(folder, lora=tmp_path)
 
 

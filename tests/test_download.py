@@ -218,6 +218,7 @@ def test_in_the_repository_nothing_tracked_is_written(curl_box, server):
         "--tokenizer_path",
         "tokenizer.model",
     ]
+    assert (curl_box.target / "llama-2-7b" / "LICENSE").read_bytes() == FILES["LICENSE"]
     (curl_box.target / "download.sh").unlink()
     untracked = ["ls-files", "--others", "--modified", "--exclude-standard"]
     assert subprocess.run([*git, *untracked], capture_output=True, text=True).stdout == ""

@@ -290,6 +290,12 @@ class Program:
         found, _, self.out = self.out.partition(wanted)
         return (found + wanted).decode(errors="replace")
 
+    def wait_until_it_reads(self) -> None:
+        """A signal that comes between the prompt and the read is seen only once the read returns; let it begin."""
+        state = Path(f"/proc/{self.process.pid}/stat")
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            os.sched_yield()
+
     def type(self, line: str) -> None:
         self.process.stdin.write(line.encode() + b"\n")
         self.process.stdin.flush()
@@ -322,6 +328,7 @@ def test_ctrl_c_cuts_an_answer_short_and_the_conversation_goes_on(folder, raw_sp
             rest = program.wait_for(PROMPT)
             assert rest.endswith(f" (interrupted)\n{PROMPT}")
             assert rest.count("Anna") < 1000
+        program.wait_until_it_reads()
         program.process.send_signal(signal.SIGINT)
         assert program.wait_for(PROMPT) == PROMPT, "between answers it only asks again"
         program.type("Are you there?")

@@ -102,7 +102,7 @@ def test_every_argument_is_in_the_table():
 
     from llama import Llama
 
-    rows = dict(re.findall(r"^\| `(\w+)`(?: of \S+(?: \w+)?)? \| ([^|]*) \|", README, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)`(?: of \S+(?: \w+)?)? \|([^|]*)\|", README, re.MULTILINE))
     for call in (Llama.build, Llama.stream, Llama.text_completion):
         for name, parameter in inspect.signature(call).parameters.items():
             if name in ("self", "options", "prompts", "prompt_tokens"):

@@ -440,7 +440,7 @@ transfer() { # NAME, PART: OUTCOME (complete, again, absent, hopeless), WHY, TOT
       --output "$2" --dump-header "$SCRATCH.headers" --connect-timeout "$TIMEOUT" --speed-limit 1 --speed-time "$TIMEOUT"
   else
     (umask 077; printf '%s\n' "$url" > "$SCRATCH.url")
-    set -- "$2" wget --input-file="$SCRATCH.url" --no-iri --continue --output-document="$2" --server-response \
+    set -- "$2" wget --input-file="$SCRATCH.url" --no-iri --no-http-keep-alive --continue --output-document="$2" --server-response \
       --output-file="$SCRATCH.headers" --tries=1 --timeout="$TIMEOUT"
   fi
   # The process notes its own number before it becomes curl or wget, so that a killed run leaves no unknown one.

@@ -105,16 +105,21 @@ class ModelArgs:
 
         return [ranks for ranks in range(1, self.n_heads + 1) if divides(ranks)]
 
-    def memory(self, itemsize: int, ranks: int = 1) -> tuple[int, int]:
-        """Bytes of (weights, cache) that each of `ranks` ranks holds at `itemsize` bytes a number."""
+    def memory(
+        self, itemsize: int, ranks: int = 1, *, layers: float | None = None, output: float | None = None
+    ) -> tuple[int, int]:
+        """Bytes of (weights, cache) that each of `ranks` ranks holds at `itemsize` bytes a number.
+
+        The numbers of the matrices in `layers` and of the `output` layer may take another number of bytes.
+        """
         kv_heads = max(self.kv_heads // ranks, 1)  # of this rank
         attention = 2 * self.dim * self.dim // ranks + 2 * self.dim * kv_heads * self.head_dim
         feed_forward = 3 * self.dim * self.ffn_hidden_dim // ranks
-        embedding = self.vocab_size * self.dim // ranks
-        output = -(-self.vocab_size // ranks) * self.dim
-        weights = self.n_layers * (attention + feed_forward + 2 * self.dim) + embedding + output + self.dim
+        others = self.vocab_size * self.dim // ranks + (2 * self.n_layers + 1) * self.dim  # embedding and norms
+        weights = self.n_layers * (attention + feed_forward) * (layers or itemsize) + others * itemsize
+        weights += -(-self.vocab_size // ranks) * self.dim * (output or itemsize)
         cache = 2 * self.n_layers * self.max_batch_size * self.max_seq_len * kv_heads * self.head_dim
-        return weights * itemsize, cache * itemsize
+        return int(weights), cache * itemsize
 
 
 class RMSNorm(nn.Module):
@@ -126,8 +131,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
 def rotary_table(head_dim: int, end: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
@@ -137,16 +141,20 @@ def rotary_table(head_dim: int, end: int, theta: float = 10000.0) -> tuple[Tenso
     return angles.cos(), angles.sin()
 
 
+def paired(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The table as `rotate` reads it, a number for each of a head's D: (cos, cos) and (-sin, sin) for every pair."""
+    return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each neighbouring pair (x[2i], x[2i + 1]) of a head by its position's angle, in float32.
 
-    x (B, T, H, D); cos and sin (T, D / 2), or (B, T, D / 2) where rows differ in position. The pairs of Meta's
-    checkpoints are neighbours; Hugging Face's are the two halves of a head.
+    x (B, T, H, D); cos and sin, as `paired` gives them, (T, D), or (B, T, D) where rows differ in position. The pairs
+    of Meta's checkpoints are neighbours; Hugging Face's are the two halves of a head.
     """
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D / 2) each
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # one angle for all heads
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)  # (B, T, H, D / 2, 2)
-    return turned.flatten(-2).type_as(x)  # (B, T, H, D)
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x[1], x[0], x[3], x[2], ...
+    return torch.addcmul(wide * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2)).type_as(x)  # one angle for all heads
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
@@ -156,7 +164,8 @@ def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries (B, T, H, D) and keys (B, T, K, D) by complex `freqs_cis` (T, D / 2)."""
-    return rotate(xq, freqs_cis.real, freqs_cis.imag), rotate(xk, freqs_cis.real, freqs_cis.imag)
+    table = paired(freqs_cis.real, freqs_cis.imag)
+    return rotate(xq, *table), rotate(xk, *table)
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
@@ -185,6 +194,12 @@ class KVCache:
         shape = (args.n_layers, args.max_batch_size, kv_heads, args.max_seq_len, args.head_dim)
         return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
+    def clear(self) -> None:
+        """Forget everything: a number that is not finite spoils what is added to it, even with the weight 0."""
+        self.k.zero_()
+        self.v.zero_()
+        self.ids = []
+
     def narrow(self, batch: int, length: int) -> KVCache:
         """A view of the first `batch` rows and `length` positions."""
         if batch > self.k.shape[1]:
@@ -193,14 +208,17 @@ class KVCache:
             raise ValueError(f"Position {length - 1} does not fit a cache of max_seq_len {self.k.shape[3]}.")
         return KVCache(self.k[:, :batch, :, :length], self.v[:, :batch, :, :length])
 
-    def write(self, layer: int, positions: int | Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, T, K, D) at `positions`; return all of it, (B, K, S, D) each."""
+    def write(self, layer: int, where: int | tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (B, T, K, D) from position `where` on, or at (rows, positions).
+
+        Returns all of the layer's, (B, K, S, D) each.
+        """
         keys, values = self.k[layer], self.v[layer]
-        if isinstance(positions, int):
-            keys[:, :, positions : positions + k.shape[1]] = k.transpose(1, 2)
-            values[:, :, positions : positions + v.shape[1]] = v.transpose(1, 2)
+        if isinstance(where, int):
+            keys[:, :, where : where + k.shape[1]] = k.transpose(1, 2)
+            values[:, :, where : where + v.shape[1]] = v.transpose(1, 2)
         else:
-            rows = torch.arange(k.shape[0], device=k.device)[:, None]
+            rows, positions = where
             keys[rows, :, positions] = k
             values[rows, :, positions] = v
         return keys, values
@@ -224,7 +242,7 @@ class Step:
     sin: Tensor
     mask: Tensor | None
     causal: bool
-    positions: int | Tensor
+    where: int | tuple[Tensor, Tensor]
     cache: KVCache | None
 
 
@@ -249,11 +267,11 @@ class Attention(nn.Module):
         q = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
         k = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
         v = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-        q, k = rotate(q, step.cos, step.sin), rotate(k, step.cos, step.sin)
+        q, k = rotate(torch.cat((q, k), dim=2), step.cos, step.sin).split((q.shape[2], k.shape[2]), dim=2)
         if step.cache is None:
             keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D)
         else:
-            keys, values = step.cache.write(layer, step.positions, k, v)  # (B, K, S, D)
+            keys, values = step.cache.write(layer, step.where, k, v)  # (B, K, S, D)
         return self.wo(self.attend(q, keys, values, step))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
@@ -330,7 +348,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
-        self.rope = rotary_table(params.head_dim, params.max_seq_len, params.rope_theta)  # no buffer: stays float32
+        table = rotary_table(params.head_dim, params.max_seq_len, params.rope_theta)
+        self.rope = paired(*table)  # no buffer: stays float32
         self.cache: KVCache | None = None
 
     def own_cache(self) -> KVCache:
@@ -393,11 +412,12 @@ class Transformer(nn.Module):
             if positions and T > 1:
                 seen = torch.arange(positions + T, device=device)
                 mask = seen <= seen[positions:, None]  # (T, S)
-            cos, sin = cos[positions : positions + T], sin[positions : positions + T]  # (T, D / 2)
+            cos, sin = cos[positions : positions + T], sin[positions : positions + T]  # (T, D)
             return Step(cos, sin, mask, positions == 0 and T > 1, positions, cache)
         at = positions[:, None] + torch.arange(T, device=device)  # (B, T)
         mask = torch.arange(cache.k.shape[3], device=device) <= at[:, None, :, None]  # (B, 1, T, S)
-        return Step(cos[at], sin[at], mask, False, at, cache)
+        rows = torch.arange(at.shape[0], device=device)[:, None]
+        return Step(cos[at], sin[at], mask, False, (rows, at), cache)
 
     def run_layers(self, tokens: Tensor, step: Step) -> Tensor:
         h = self.tok_embeddings(tokens)  # (B, T, C)

@@ -18,6 +18,7 @@ from llama.model import (
     RMSNorm,
     Transformer,
     apply_rotary_emb,
+    paired,
     precompute_freqs_cis,
     repeat_kv,
     rotary_table,
@@ -96,7 +97,7 @@ def test_rotation_equals_the_complex_helper_and_the_definition(theta):
     for x, rotated in zip((queries, keys), by_complex, strict=True):
         expected = np.stack([reference.rotate_pairs(row.double().numpy(), range(9), theta) for row in x])
         assert_close(rotated, expected, 2e-6)
-        assert_close(rotate(x, cos, sin), expected, 2e-6)
+        assert_close(rotate(x, *paired(cos, sin)), expected, 2e-6)
 
 
 def test_rotation_angles_are_accurate_at_the_end_of_a_long_context():
@@ -383,8 +384,8 @@ def test_rotary_and_norm_stay_float32_precise_in_half_precision():
     cos, sin = rotary_table(8, 2048, 10000.0)
     x = torch.randn(1, 2048, 1, 8, generator=torch.Generator().manual_seed(6)).bfloat16()
     expected = reference.rotate_pairs(x[0].double().numpy(), range(2048), 10000.0)
-    assert rotate(x, cos, sin).dtype == torch.bfloat16
-    assert_close(rotate(x, cos, sin)[0], expected, 2**-6)
+    assert rotate(x, *paired(cos, sin)).dtype == torch.bfloat16
+    assert_close(rotate(x, *paired(cos, sin))[0], expected, 2**-6)
 
 
 def test_the_meta_device_builds_a_model_without_memory():

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+CANDIDATES = 256  # probabilities that are sorted first; all are where these do not hold the nucleus
+
 
 def log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     """log softmax(logits)[ids] in float32: logits (..., V), ids (...) int64 -> (...)."""
@@ -20,9 +22,11 @@ def keep_top_p(probs: Tensor, top_p: float) -> Tensor:
 
     `probs` (..., V) falls along its last dimension. The first always stays. (Nucleus sampling, arXiv:1904.09751.)
     """
-    preceding = probs.cumsum(-1) - probs
-    kept = probs.masked_fill(preceding > top_p, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    total = probs.cumsum(-1)
+    dropped = total - probs > top_p
+    kept = probs.masked_fill(dropped, 0.0)
+    last = (~dropped).sum(-1, keepdim=True) - 1
+    return kept / total.gather(-1, last)  # the sum in falling order: zeros after it change no digit
 
 
 def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -32,6 +36,25 @@ def invert(probs: Tensor, uniforms: Tensor) -> Tensor:
     """
     index = (probs.cumsum(-1) <= uniforms.unsqueeze(-1)).sum(-1)
     return torch.minimum(index, ((probs > 0).sum(-1) - 1).clamp(min=0))
+
+
+def likeliest(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, Tensor]:
+    """At least the nucleus, and the `top_k` largest, of `probs` (B, V): (values, indices) falling, ties by index.
+
+    Sorting a whole vocabulary costs more than a small model's step. The first CANDIDATES suffice where even the first
+    of those that equal the smallest of them is outside, so that no tie with what was left out matters.
+    """
+    if probs.shape[-1] > CANDIDATES and (top_k is None or top_k < CANDIDATES):
+        values, indices = probs.topk(CANDIDATES, dim=-1)
+        indices, order = indices.sort(dim=-1)  # ties by index ...
+        values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)  # ... stay in that order
+        larger = values > values[..., -1:]
+        enough = (values * larger).sum(-1) > top_p
+        if top_k is not None:
+            enough |= larger.sum(-1) >= top_k
+        if bool(enough.all()):
+            return values, indices.gather(-1, order)
+    return probs.sort(dim=-1, descending=True, stable=True)
 
 
 def sample(
@@ -46,7 +69,7 @@ def sample(
         return logits.argmax(-1)
     logits = logits.float()
     logits = logits - logits.amax(-1, keepdim=True)  # 0 at the top: any temperature is safe to divide by
-    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probs, order = likeliest((logits / temperature).softmax(-1), top_p, top_k)
     if top_k is not None:
         probs = probs[..., :top_k] / probs[..., :top_k].sum(-1, keepdim=True)
     chosen = invert(keep_top_p(probs, top_p), uniforms)

@@ -331,7 +331,8 @@ def stored_dtype(checkpoint: Checkpoint, convert: bool) -> torch.dtype:
 
     Raises `ValueError` for a format that is not supported, or for several that nobody has asked to convert to one.
     """
-    stored = [(name, tensor.dtype) for shard in checkpoint.shards for name, tensor in shard.items()]
+    tensors = [(name, tensor) for shard in checkpoint.shards for name, tensor in shard.items()]
+    stored = [(name, tensor.dtype) for name, tensor in tensors if ".weight." not in name]  # that are not quantized
     for name, dtype in stored:
         if dtype not in DTYPES.values():
             raise ValueError(
@@ -365,10 +366,10 @@ def slices(
     and `stored_name` name the files' things, for a tensor whose whole shape does not fit.
     """
     for name, shape in local_shapes.items():
-        part = name.split(".")[-2]
+        part = module_name(name)
         cut = CUT.get(part)
         pieces = [shard[name] for shard in shards]
-        if cut is None:
+        if cut is None or shape[cut] == 1:  # one number for a whole row
             start, whole, pieces = 0, list(shape), pieces[:1]
         elif part in ("wk", "wv"):
             start, whole = rank * (kv_rows // head_dim) // size * head_dim, [kv_rows, shape[1]]
@@ -380,6 +381,11 @@ def slices(
         if found != whole:
             raise ValueError(f"{stored_name(name)} has the shape {tuple(found)}, but {sizes} describes {tuple(whole)}.")
         yield name, take(pieces, cut or 0, start, shape[cut or 0])
+
+
+def module_name(name: str) -> str:
+    """The layer that a tensor belongs to: wq for "layers.0.attention.wq.weight" or "...wq.weight.scale"."""
+    return name.partition(".weight")[0].rpartition(".")[2]
 
 
 def joined_shape(name: str, pieces: Sequence[Piece], cut: int | None) -> list[int]:

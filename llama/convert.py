@@ -25,9 +25,10 @@ from torch import Tensor
 from llama import checkpoint
 from llama.checkpoint import CUT, DTYPES, HALF_SPLIT, deinterleave, joined_shape, take
 from llama.device import choose_dtype, dtype_name
-from llama.loading import model_args
+from llama.loading import empty_matrix, model_args
 from llama.lora import Adapter, Product
 from llama.model import ModelArgs, Transformer
+from llama.quantize import FORMATS
 from llama.tokenizer import Tokenizer
 
 HF_FILE_BYTES = 5 * 10**9  # of one safetensors file, unless their number is given
@@ -117,14 +118,25 @@ class Source:
     Raises `ValueError` for shapes that do not agree, else as `Llama.build`.
     """
 
-    def __init__(self, folder: Path, tokenizer_path: str | Path | None, dtype: str | None, lora: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer_path: str | Path | None,
+        dtype: str | None,
+        lora: str | None = None,
+        quantize: str | None = None,
+    ):
         self.checkpoint = checkpoint.find(folder)
         self.tokenizer_path = Path(tokenizer_path or checkpoint.find_tokenizer(folder))
         self.tokenizer = Tokenizer(self.tokenizer_path)
         self.checkpoint.open()
         self.args = model_args(self.checkpoint.params, self.tokenizer.n_words, 1, 1)
         with torch.device("meta"):
-            self.shapes = {name: weight.shape for name, weight in Transformer(self.args).state_dict().items()}
+            model = Transformer(self.args)
+        self.shapes = {name: weight.shape for name, weight in model.state_dict().items()}
+        self.matrices = {name: matrix for name in self.shapes if (matrix := empty_matrix(model, name, quantize))}
+        if any(".weight." in name for name in self.checkpoint.shards[0]):
+            raise ValueError(f"{folder} is quantized; convert the original that it was made from.")
         checkpoint.check_names(self.checkpoint, self.shapes)
         stored = checkpoint.stored_dtype(self.checkpoint, convert=dtype is not None)
         self.dtype = stored if dtype is None else choose_dtype(dtype, stored, torch.device("cpu"))
@@ -161,7 +173,19 @@ class Source:
             tensor = tensor.float() + change if isinstance(self.changes[name], Product) else change
         return tensor.to(self.dtype)
 
+    def stored(self, name: str, index: int, count: int) -> dict[str, Tensor]:
+        """What a file holds of a tensor: its share, or the parts of the quantized matrix."""
+        if name not in self.matrices:
+            return {name: alone(self.share(name, index, count))}
+        matrix = self.matrices[name]
+        matrix.quantize(self.share(name))
+        parts = {f"{name}.{part}": getattr(matrix, part) for part in matrix.parts}
+        matrix.to("meta")
+        return parts
+
     def size(self, name: str) -> int:
+        if name in self.matrices:
+            return sum(part.nbytes for part in self.matrices[name].buffers())
         return self.shapes[name].numel() * self.dtype.itemsize
 
     def total(self) -> int:
@@ -176,6 +200,7 @@ def convert(
     dtype: str | None = None,
     tokenizer_path: str | Path | None = None,
     lora: str | Path | None = None,
+    quantize: str | None = None,
 ) -> None:
     """Write the checkpoint in folder SRC to the new folder DST.
 
@@ -187,13 +212,18 @@ def convert(
         dtype: float32, bfloat16 or float16; if not given, every number is copied as it is.
         tokenizer_path: the tokenizer.model; found in SRC or one level up if not given.
         lora: folder of an adapter, merged into what is written.
+        quantize: int8 or int4, for the matrices of the layers; one file in Meta's layout.
     """
     src, dst = Path(str(src)), Path(str(dst))
     if to not in ("meta", "hf"):
         raise ValueError(f"--to is {to!r}; it must be meta or hf.")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty folder; give a new name, or remove it first.")
-    source = Source(src, tokenizer_path, dtype, lora)
+    if quantize is not None and (quantize not in FORMATS or to != "meta" or shards not in (None, 1)):
+        raise ValueError(
+            f"--quantize is {quantize!r}; it must be one of {', '.join(FORMATS)}, into one file, --to meta."
+        )
+    source = Source(src, tokenizer_path, dtype, lora, quantize)
     plan = plan_meta(source, shards) if to == "meta" else plan_hf(source, shards)
     partial = dst.absolute().with_name(dst.name + ".partial")
     free = shutil.disk_usage(next(parent for parent in partial.parents if parent.is_dir())).free
@@ -239,7 +269,9 @@ def plan_meta(source: Source, shards: int | None) -> int:
 def write_meta(source: Source, count: int, output: Output) -> None:
     """`consolidated.NN.pth`, `tokenizer.model`, `params.json`. Holds what one file needs beyond mapped views."""
     for index in range(count):
-        state = {name: alone(source.share(name, index, count)) for name in source.shapes}
+        state: dict[str, Tensor] = {}
+        for name in source.shapes:
+            state |= source.stored(name, index, count)
         with output.create(f"consolidated.{index:02d}.pth") as file:
             try:
                 torch.save(state, file)

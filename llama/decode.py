@@ -1,20 +1,26 @@
 """How token ids run through a model: prompts in one prefill, then one step for a token of every row.
 
-Knows positions and the cache. Does not know what a token means, how it was chosen, or when a row ends.
+Knows positions, the cache, and how a step is run: as it is written, or compiled. Does not know what a token means, how
+it was chosen, or when a row ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from llama.model import Transformer
+from llama import parallel
+from llama.model import KVCache, Transformer
 from llama.sampling import log_probs
 
 PREFILL_TOKENS = 2048  # tokens of all rows in one forward pass: bounds the activations of a long prompt
+SHORTEST_PASS = 64  # positions in one forward pass, unless fewer are left: shorter ones cost as much
 SCORED_LOGITS = 2**24  # logits held at once while prompt tokens are scored: 64 MB in float32
+COMPILED = {"default": "default", "cudagraph": "reduce-overhead"}  # by torch's names
 
 
 def common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
@@ -23,19 +29,80 @@ def common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
     return next((n for n in range(limit) if held[n] != prompt[n]), limit)
 
 
+Step = Callable[[Tensor, Sequence[int], KVCache], Tensor]
+
+
+def eager_step(model: Transformer) -> Step:
+    """A step as the model writes it, over the filled part of the cache alone."""
+
+    def step(tokens: Tensor, positions: Sequence[int], cache: KVCache) -> Tensor:
+        cache = cache.narrow(len(positions), max(positions) + 1)
+        if len(set(positions)) == 1:  # no row has to skip a key
+            return model(tokens, positions[0], cache=cache)
+        return model(tokens, positions=torch.tensor(positions, device=tokens.device), cache=cache)
+
+    return step
+
+
+def compiled_step(model: Transformer, mode: str) -> Step:
+    """A step that torch compiles once for each number of rows, over the whole cache: no shape changes between steps.
+
+    Mode "cudagraph" launches it as one CUDA graph, and is "default" where there is no CUDA. The first call with a
+    number of rows says on standard error how long it took. Raises `ValueError` for another mode, and the call
+    `RuntimeError` where nothing can be compiled.
+    """
+    if mode not in COMPILED:
+        raise ValueError(f"compile is {mode!r}; it must be None or one of {', '.join(COMPILED)}.")
+    seen: set[int] = set()
+
+    @torch.compile(mode=COMPILED[mode], fullgraph=True, dynamic=False)
+    def logits(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        return model.logits(model.run_layers(tokens, model.plan(tokens, positions, cache)))
+
+    def step(tokens: Tensor, positions: Sequence[int], cache: KVCache) -> Tensor:
+        rows, started = len(positions), time.perf_counter()
+        for tensor in (cache.k, cache.v):
+            torch._dynamo.mark_static_address(tensor)  # written in place, so a graph has to know where it stays
+        try:
+            result = logits(tokens, torch.tensor(positions, device=tokens.device), cache)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise RuntimeError(f"torch cannot compile the model here ({reason}); leave compile out.") from None
+        if rows not in seen and parallel.world()[0] == 0:
+            seconds = time.perf_counter() - started
+            print(f"llama: compiled for {rows} row{'s' * (rows > 1)} in {seconds:.1f} s", file=sys.stderr)
+        seen.add(rows)
+        return result
+
+    return step
+
+
 class Batch:
     """Some rows in a model's cache, each with its own length.
 
-    Prompts are padded on the right and run causally; padding comes after a row's last token, so no token sees it,
-    and the row's next tokens take its place in the cache. `held` is the ids whose keys the cache holds, row by row.
+    The longest prompt has the first place in the cache and equal prompts come last: so any pass over the prompts is
+    one over the first places, and a prompt that is there several times is computed once. Prompts are padded on the
+    right and run causally; padding comes after a row's last token, so no token sees it, and the row's next tokens take
+    its place in the cache. `held` is the ids whose keys the cache holds, place by place.
     """
 
-    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]]):
-        self.model = model
-        self.prompts = prompts
+    def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], step: Step | None = None):
+        self.model, self.advance = model, step or eager_step(model)
         self.cache = model.own_cache()
         self.device = self.cache.k.device
+        first: dict[tuple[int, ...], int] = {}
+        for row, prompt in enumerate(prompts):
+            first.setdefault(tuple(prompt), row)
+        different = sorted(first.values(), key=lambda row: -len(prompts[row]))
+        self.rows = different + [row for row in range(len(prompts)) if first[tuple(prompts[row])] != row]
+        self.places = [self.rows.index(row) for row in range(len(prompts))]
+        self.prompts = [list(prompts[row]) for row in self.rows]
+        self.sources = [self.places[first[tuple(prompt)]] for prompt in self.prompts]  # whose keys each place has
+        self.different = len(different)
         self.held: list[list[int]] = []
+
+    def length(self, row: int) -> int:
+        return len(self.held[self.places[row]])
 
     @torch.no_grad()
     def prefill(self, score: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -46,25 +113,34 @@ class Batch:
         unless scores are wanted.
         """
         earlier, self.held = self.cache.ids, []
-        pairs = zip(earlier, self.prompts, strict=False)
-        reusable = 0 if score or len(earlier) < len(self.prompts) else min(common_prefix(*pair) for pair in pairs)
+        prompts, sources = self.prompts[: self.different], torch.tensor(self.sources, device=self.device)
+        pairs = zip(earlier, prompts, strict=False)
+        reusable = 0 if score or len(earlier) < len(prompts) else min(common_prefix(*pair) for pair in pairs)
         self.cache.ids = self.held
-        lengths = torch.tensor([len(prompt) for prompt in self.prompts], device=self.device)
-        longest = int(lengths.max())
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in self.prompts]
-        tokens = torch.tensor(padded, device=self.device)  # (B, longest)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        longest = len(prompts[0])
+        tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
         scores = torch.zeros(tokens.shape, dtype=torch.float32, device=self.device) if score else None
-        cache = self.cache.narrow(len(padded), longest)
-        final = torch.empty(len(padded), self.model.params.dim, dtype=self.cache.k.dtype, device=self.device)
-        width = max(1, PREFILL_TOKENS // len(padded))
-        for begin in range(reusable, longest, width):
-            h = self.model.hidden(tokens[:, begin : begin + width], begin, cache=cache)  # (B, T, C)
-            ends = (lengths > begin) & (lengths <= begin + h.shape[1])
-            final[ends] = h[ends, lengths[ends] - 1 - begin]
+        final = torch.empty(len(prompts), self.model.params.dim, dtype=self.cache.k.dtype, device=self.device)
+        begin = reusable
+        while begin < longest:
+            running = sum(len(prompt) > begin for prompt in prompts)
+            shortest = len(prompts[running - 1])
+            end = min(longest, begin + max(1, PREFILL_TOKENS // running), max(shortest, begin + SHORTEST_PASS))
+            cache = self.cache.narrow(running, end)
+            h = self.model.hidden(tokens[:running, begin:end], begin, cache=cache)  # (B, T, C)
+            ending = (lengths[:running] > begin) & (lengths[:running] <= end)
+            final[:running][ending] = h[ending, lengths[:running][ending] - 1 - begin]
             if score:
-                self.score_chunk(h, tokens, begin, scores)
+                self.score_chunk(h, tokens[:running], begin, scores)
+            begin = end
+        for place in range(self.different, len(self.prompts)):
+            for tensor in (self.cache.k, self.cache.v):
+                filled = tensor[:, :, :, : len(self.prompts[place])]
+                filled[:, place] = filled[:, self.sources[place]]
         self.held.extend(list(prompt) for prompt in self.prompts)
-        return self.model.logits(final), scores
+        order = sources[self.places]
+        return self.model.logits(final)[order], None if scores is None else scores[order]
 
     def score_chunk(self, h: Tensor, tokens: Tensor, begin: int, scores: Tensor) -> None:
         """Fill in the scores of the tokens that follow those of `h`, a bounded number of logits at a time."""
@@ -73,7 +149,7 @@ class Batch:
         for at in range(begin, end, width):
             upto = min(at + width, end)
             logits = self.model.logits(h[:, at - begin : upto - begin])  # (B, width, V)
-            scores[:, at + 1 : upto + 1] = log_probs(logits, tokens[:, at + 1 : upto + 1])
+            scores[: h.shape[0], at + 1 : upto + 1] = log_probs(logits, tokens[:, at + 1 : upto + 1])
 
     @torch.no_grad()
     def step(self, ids: Sequence[int | None]) -> Tensor:
@@ -84,14 +160,12 @@ class Batch:
         """
         if self.cache.ids is not self.held:
             raise RuntimeError("Another call has used the model's cache since; an interrupted stream cannot go on.")
-        positions = [len(held) - (id is None) for held, id in zip(self.held, ids, strict=True)]
-        fed = [held[-1] if id is None else id for held, id in zip(self.held, ids, strict=True)]
-        logits = self.model(
-            torch.tensor(fed, device=self.device)[:, None],
-            positions=torch.tensor(positions, device=self.device),
-            cache=self.cache.narrow(len(fed), max(positions) + 1),
-        )
-        for held, id in zip(self.held, ids, strict=True):
+        fed = [ids[row] for row in self.rows]
+        positions = [len(held) - (id is None) for held, id in zip(self.held, fed, strict=True)]
+        tokens = [[held[-1] if id is None else id] for held, id in zip(self.held, fed, strict=True)]
+        cache = self.cache.narrow(len(fed), self.cache.k.shape[3])
+        logits = self.advance(torch.tensor(tokens, device=self.device), positions, cache)
+        for held, id in zip(self.held, fed, strict=True):
             if id is not None:
                 held.append(id)
-        return logits[:, 0]
+        return logits[self.places, 0]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from llama import checkpoint, parallel, prompts
-from llama.decode import Batch
+from llama.decode import COMPILED, Batch, compiled_step, eager_step
 from llama.device import dtype_name
 from llama.loading import check_vocabulary, join, load
 from llama.model import Transformer
 from llama.prompts import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message, Role
+from llama.quantize import FORMATS
 from llama.request import ChatPrediction, CompletionPrediction, Options, Piece, Request, Row, Score, drain
 from llama.sampling import log_probs, sample, sample_top_p
 from llama.stopping import Completion
@@ -48,11 +49,12 @@ class Llama:
     Calls take turns: a stream that is still open when another call begins cannot be continued.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1):
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1, compile: str | None = None):
         check_vocabulary(tokenizer.n_words, model.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
         self.seeds = random.Random(seed)
+        self.step = eager_step(model) if compile is None else compiled_step(model, compile)
 
     @staticmethod
     def build(
@@ -65,20 +67,26 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        quantize: str | None = None,
         lora: str | Path | None = None,
+        compile: str | None = None,
     ) -> Llama:
         """Open a checkpoint folder and make it ready to generate.
 
         Under `torchrun` the model is shared by `model_parallel_size` ranks (all by default), whatever the number of
         files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. `lora` is the folder of an adapter, in
-        PEFT's layout, to merge into the weights. Raises `FileNotFoundError` or `ValueError` for files or arguments
-        that are missing or wrong, `RuntimeError` if the memory does not suffice.
+        PEFT's layout, to merge into the weights; `quantize` then keeps them as "int8" or "int4". With `compile`
+        "default" or "cudagraph", torch compiles the steps at their first use. Raises `FileNotFoundError` or
+        `ValueError` for files or arguments that are missing or wrong, `RuntimeError` if the memory does not suffice.
         """
         device = join(model_parallel_size, device)
         source = checkpoint.find(Path(ckpt_dir))
         tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
-        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, device, dtype, lora)
-        return Llama(model, tokenizer, seed=seed)
+        for name, value, allowed in (("quantize", quantize, FORMATS), ("compile", compile, COMPILED)):
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be None or one of {', '.join(allowed)}.")
+        model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, device, dtype, quantize, lora)
+        return Llama(model, tokenizer, seed=seed, compile=compile)
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +104,7 @@ class Llama:
         top_k: int | None = None,
         stop: Sequence[str | int] | None = None,
         seed: int | None = None,
+        n: int = 1,
     ) -> Iterator[Piece]:
         """Yield what becomes certain of each row, as `(row, ids, text, logprobs, finish_reason)`.
 
@@ -103,7 +112,8 @@ class Llama:
         begin a stop string waits. Arguments and errors as for `generate`; errors of arguments are raised by the call
         itself, before the first piece.
         """
-        return self.start(Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, top_k, stop, seed))
+        options = {"top_k": top_k, "stop": stop, "seed": seed, "n": n}
+        return self.start(Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options))
 
     def generate(
         self,
@@ -128,7 +138,7 @@ class Llama:
         """
         prompt_tokens = parallel.broadcast_object(prompt_tokens, self.device)
         pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
-        rows = drain(pieces, len(prompt_tokens))
+        rows = drain(pieces, len(prompt_tokens) * options.get("n", 1))
         return [row.ids for row in rows], [row.logprobs for row in rows] if logprobs else None
 
     def text_completion(
@@ -145,7 +155,8 @@ class Llama:
         prompts = parallel.broadcast_object(prompts, self.device)
         prompt_tokens = self.encode_texts(prompts)
         pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
-        return [self.prediction(row, row.text, logprobs) for row in drain(pieces, len(prompts))]
+        rows = drain(pieces, len(prompts) * options.get("n", 1))
+        return [self.prediction(row, row.text, logprobs) for row in rows]
 
     def chat_completion(
         self,
@@ -164,15 +175,14 @@ class Llama:
         dialogs = parallel.broadcast_object(dialogs, self.device)
         for index, dialog in enumerate(dialogs):
             prompts.check_dialog(dialog, f"Dialog {index}")
-        predictions = [self.refusal(dialog, logprobs) for dialog in dialogs]
-        accepted = [index for index, prediction in enumerate(predictions) if prediction is None]
+        refusals = [self.refusal(dialog, logprobs) for dialog in dialogs]
+        accepted = [index for index, refusal in enumerate(refusals) if refusal is None]
         prompt_tokens = [prompts.encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, rows=accepted, **options)
-        rows = drain(self.start(request), len(dialogs))
-        for index in accepted:
-            answer = {"role": "assistant", "content": rows[index].text}
-            predictions[index] = self.prediction(rows[index], answer, logprobs)
-        return predictions
+        pieces = self.start(request)
+        rows = drain(pieces, len(dialogs) * request.n)
+        answers = [{"role": "assistant", "content": row.text} for row in rows]
+        return [refusals[at // request.n] or self.prediction(row, answers[at], logprobs) for at, row in enumerate(rows)]
 
     def text_infilling(
         self,
@@ -196,10 +206,12 @@ class Llama:
         pairs = list(zip(prefixes, suffixes, strict=True))
         prompt_tokens = [prompts.encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, infilling=True, **options)
-        rows = drain(self.start(request), len(pairs))
+        pieces = self.start(request)
+        rows = drain(pieces, len(pairs) * request.n)
+        around = [pairs[at // request.n] for at in range(len(rows))]
         return [
             self.prediction(row, row.text, logprobs) | {"full_text": prefix + row.text + suffix}
-            for row, (prefix, suffix) in zip(rows, pairs, strict=True)
+            for row, (prefix, suffix) in zip(rows, around, strict=True)
         ]
 
     def score(self, texts: Sequence[str]) -> list[Score]:
@@ -237,6 +249,7 @@ class Llama:
         request.check(self.model.vocab_size, self.model.params.max_seq_len)
         if request.seed is None and request.temperature > 0:
             request.seed = parallel.broadcast_object(self.seeds.getrandbits(63), self.device)
+        request.repeat()
         return self.run(request)
 
     def run(self, request: Request) -> Iterator[Piece]:
@@ -252,7 +265,7 @@ class Llama:
         budgets = [self.model.params.max_seq_len - len(prompt) for prompt in prompts]
         if request.max_gen_len is not None:
             budgets = [min(budget, request.max_gen_len) for budget in budgets]
-        batch, scoring = Batch(self.model, prompts), request.echo and request.logprobs
+        batch, scoring = Batch(self.model, prompts, self.step), request.echo and request.logprobs
         logits, scores = batch.prefill(scoring) if any(budgets) or scoring else (None, None)
         for at, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
             if request.echo:
@@ -291,7 +304,7 @@ class Llama:
         known = logits[:, : self.tokenizer.n_words]  # rows beyond the tokenizer have no text: never chosen
         ids = parallel.broadcast(sample(known, uniforms, request.temperature, request.top_p, request.top_k))
         chosen, finite = torch.stack((ids, logits.isfinite().all(-1))).tolist()  # the step's one wait for the device
-        self.require_finite(finite, lambda at: (rows[at], len(batch.held[at]) - 1))
+        self.require_finite(finite, lambda at: (rows[at], batch.length(at) - 1))
         return chosen, log_probs(logits, ids).tolist() if request.logprobs else [0.0] * len(chosen)
 
     def require_finite(self, finite: Sequence[bool], place: Callable[[int], tuple[int, int]]) -> None:
@@ -299,6 +312,7 @@ class Llama:
         for index, fine in enumerate(finite):
             if not fine:
                 row, position = place(index)
+                self.model.own_cache().clear()
                 raise RuntimeError(
                     f"Row {row}: the logits after position {position} are not finite, computed in "
                     f"{dtype_name(self.model.norm.weight.dtype)}; try dtype='float32', or check the weights."

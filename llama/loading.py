@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from llama import checkpoint, parallel
 from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, free_memory, use_device
 from llama.lora import Adapter
 from llama.model import ModelArgs, Transformer
+from llama.quantize import BYTES, FORMATS, Quantized, install, quantized
 
 
 def join(model_parallel_size: int | None, device: str | torch.device | None) -> torch.device:
@@ -36,10 +38,12 @@ def load(
     max_batch_size: int,
     device: torch.device,
     dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
     lora: str | Path | None = None,
 ) -> Transformer:
     """This rank's share of the model in `source`, changed by the adapter in `lora`, with its cache, on `device`.
 
+    `quantize` is the format of the layers' matrices; the output layer's is then int8, as it decides between words.
     `n_words` is the tokenizer's vocabulary, for sizes that leave theirs open and to refuse a tokenizer that does not
     belong. Errors as for `Llama.build`.
     """
@@ -48,16 +52,31 @@ def load(
     args = model_args(source.params, n_words, max_seq_len, max_batch_size)
     with torch.device("meta"):
         model = Transformer(args)
+    stored_as = expect_quantized(model, source)
+    if stored_as and (lora or quantize not in (None, stored_as)):
+        raise ValueError(f"{source.folder} is quantized to {stored_as}; start from the original for anything else.")
     checkpoint.check_names(source, model.state_dict())
     stored = checkpoint.stored_dtype(source, convert=dtype is not None)
     dtype = choose_dtype(dtype, stored, device)
-    check_memory(args, dtype, device)
+    check_memory(args, dtype, device, stored_as or quantize)
     adapter = None if lora is None else Adapter(Path(lora), args.n_layers, args.head_dim)
-    fill(model, source, device, dtype, adapter)
+    fill(model, source, device, dtype, adapter, quantize)
     model.own_cache()
     if parallel.world()[0] == 0:
-        report(args, device, dtype, stored, time.perf_counter() - started)
+        report(args, device, dtype, stored, stored_as or quantize, time.perf_counter() - started)
     return model
+
+
+def expect_quantized(model: Transformer, source: checkpoint.Checkpoint) -> str | None:
+    """Make the model expect the quantized matrices that the files hold; the format of its layers', None without any."""
+    found = None
+    modules = dict(model.named_modules())
+    for name in source.shards[0]:
+        layer, _, kind = name.rpartition(".weight.")
+        if kind in FORMATS and layer in modules:
+            install(modules[layer], quantized(modules[layer], kind))
+            found = kind if layer.startswith("layers.") else found
+    return found
 
 
 def model_args(params: Mapping[str, object], n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
@@ -84,35 +103,47 @@ def check_vocabulary(n_words: int, vocab_size: int) -> None:
         )
 
 
-def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device) -> None:
+def held(args: ModelArgs, itemsize: int, quantize: str | None, ranks: int) -> tuple[int, int]:
+    """Bytes of (weights, cache) that each of `ranks` ranks holds."""
+    products = {} if quantize is None else {"layers": BYTES[quantize], "output": BYTES["int8"]}
+    return args.memory(itemsize, ranks, **products)
+
+
+def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> None:
     """Raise `RuntimeError`, naming values that fit, if weights and cache exceed the free memory of this device."""
-    ranks = parallel.size()
+    ranks, itemsize = parallel.size(), dtype.itemsize
     free = free_memory(device)
     if free is None:
         return
     if device.type == "cpu":
         free //= parallel.local_world()[1]  # the ranks of a machine share it
-    weights, cache = args.memory(dtype.itemsize, ranks)
+    weights, cache = held(args, itemsize, quantize, ranks)
     if weights + cache <= free:
         return
-    fits = smaller_caches(args, dtype.itemsize, free)
-    if dtype.itemsize > 2:
-        halved = sum(args.memory(2, ranks)) <= free
-        with_less = [] if fits else smaller_caches(args, 2, free)
-        fits += ["dtype='bfloat16'"] if halved else [f"dtype='bfloat16' with {values}" for values in with_less]
-    more = next((n for n in args.rank_counts() if n > ranks and sum(args.memory(dtype.itemsize, n)) <= free), None)
-    if more and device.type != "cpu":  # ranks on one processor share its memory
-        fits.append(f"{more} processes on as many devices")
-    advice = f"what fits: {', or '.join(fits)}" if fits else "no max_batch_size, max_seq_len or dtype makes it fit"
+    formats = {"": (itemsize, quantize)}
+    formats |= {"dtype='bfloat16'": (2, quantize)} if itemsize > 2 else {}
+    formats |= {} if quantize else {f"quantize='{kind}'": (itemsize, kind) for kind in FORMATS}
+    fits: list[str] = []
+    for label, (bytes_each, kind) in formats.items():
+        if sum(held(args, bytes_each, kind, ranks)) <= free:
+            fits.append(label)
+        elif not fits:
+            smaller = smaller_caches(args, *held(args, bytes_each, kind, ranks), free)
+            fits += [f"{label} with {values}" if label else values for values in smaller]
+    more = (n for n in args.rank_counts() if n > ranks and sum(held(args, itemsize, quantize, n)) <= free)
+    enough = next(more, None)
+    if enough and device.type != "cpu":  # ranks on one processor share its memory
+        fits.append(f"{enough} processes on as many devices")
+    nothing = "no max_batch_size, max_seq_len, dtype or quantize makes it fit"
+    advice = f"what fits: {', or '.join(fits)}" if fits else nothing
     raise RuntimeError(
-        f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {dtype_name(dtype)} exceed the "
-        f"{free / 1e9:.2f} GB free for this process on {device}; {advice}."
+        f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {quantize or dtype_name(dtype)} "
+        f"exceed the {free / 1e9:.2f} GB free for this process on {device}; {advice}."
     )
 
 
-def smaller_caches(args: ModelArgs, itemsize: int, free: int) -> list[str]:
+def smaller_caches(args: ModelArgs, weights: int, cache: int, free: int) -> list[str]:
     """The most rows, or positions (128 at least), for which weights and cache fit; one row of fewer if neither does."""
-    weights, cache = args.memory(itemsize, parallel.size())
     rows, positions = ((free - weights) * size // cache for size in (args.max_batch_size, args.max_seq_len))
     fits = [f"max_batch_size={rows}"] * (rows >= 1) + [f"max_seq_len={positions}"] * (positions >= 128)
     of_one_row = (free - weights) * args.max_batch_size * args.max_seq_len // cache
@@ -120,11 +151,16 @@ def smaller_caches(args: ModelArgs, itemsize: int, free: int) -> list[str]:
 
 
 def fill(
-    model: Transformer, source: checkpoint.Checkpoint, device: torch.device, dtype: torch.dtype, adapter: Adapter | None
+    model: Transformer,
+    source: checkpoint.Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: Adapter | None,
+    quantize: str | None,
 ) -> None:
     """Give the meta-device model this rank's share of the weights, one tensor at a time."""
     args, started = model.params, time.perf_counter()
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     cut = functools.partial(
         checkpoint.slices,
         rank=parallel.rank(),
@@ -136,25 +172,57 @@ def fill(
     tensors = cut(source.shards, shapes, sizes=source.sizes.name, stored_name=source.stored_name)
     if adapter is not None:
         tensors = adapter.merge(tensors, cut)
-    state = {}
     shown = parallel.world()[0] == 0 and sys.stderr.isatty()
-    for name, tensor in tensors:
-        state[name] = tensor.to(device, dtype)
+    for count, (name, tensor) in enumerate(tensors, 1):
+        place(model, name, tensor.to(device), dtype, quantize)
         if shown and time.perf_counter() - started > 1:
-            print(f"\rllama: loading, {len(state) / len(shapes):4.0%}", end="", file=sys.stderr, flush=True)
+            print(f"\rllama: loading, {count / len(shapes):4.0%}", end="", file=sys.stderr, flush=True)
     if shown and time.perf_counter() - started > 1:
         print(file=sys.stderr)
-    model.load_state_dict(state, assign=True)
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.pack()
     model.requires_grad_(False).eval()
 
 
-def report(args: ModelArgs, device: torch.device, dtype: torch.dtype, stored: torch.dtype, seconds: float) -> None:
+def empty_matrix(model: Transformer, name: str, quantize: str | None) -> Quantized | None:
+    """What a weight is quantized into; None for one that stays as it is. The output layer, which chooses, is int8."""
+    if quantize is None:
+        return None
+    kind = quantize if name.startswith("layers.") else "int8"
+    return quantized(model.get_submodule(name.rpartition(".")[0]), kind)
+
+
+def place(model: Transformer, name: str, tensor: Tensor, dtype: torch.dtype, quantize: str | None) -> None:
+    """Put a tensor where it belongs, converted to `dtype`, or quantized if it is a linear layer's."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf != "weight":  # a part of a matrix that is stored quantized
+        setattr(module, leaf, tensor)
+        return
+    matrix = empty_matrix(model, name, quantize)
+    if matrix is None:
+        module.weight = nn.Parameter(tensor.to(dtype))
+        return
+    matrix.quantize(tensor)
+    install(module, matrix)
+
+
+def report(
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    quantize: str | None,
+    seconds: float,
+) -> None:
     """One line on standard error: where the model is, in what format, how large, and how long it took."""
-    weights, cache = (n / 1e6 for n in args.memory(dtype.itemsize, parallel.size()))
+    weights, cache = (n / 1e6 for n in held(args, dtype.itemsize, quantize, parallel.size()))
     note = "" if dtype == stored else f" (stored as {dtype_name(stored)})"
+    matrices = f" with {quantize} matrices" if quantize else ""
     ranks = f" on each of {parallel.size()} ranks" if parallel.size() > 1 else ""
     print(
-        f"llama: {device}, {dtype_name(dtype)}{note}, weights {weights:,.0f} MB and cache {cache:,.0f} MB{ranks}, "
-        f"ready in {seconds:.2f} s",
+        f"llama: {device}, {dtype_name(dtype)}{matrices}{note}, weights {weights:,.0f} MB and cache {cache:,.0f} MB"
+        f"{ranks}, ready in {seconds:.2f} s",
         file=sys.stderr,
     )

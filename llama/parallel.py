@@ -146,6 +146,11 @@ def initialize_weight_(weight: Tensor) -> None:
         nn.init.normal_(weight, std=INIT_STD)
 
 
+def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
+    """x W': a weight that is no tensor knows its product itself."""
+    return weight(x) if isinstance(weight, nn.Module) else F.linear(x, weight)
+
+
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     """x W' with the rows of W (the output features) shared out, whole only where `gather_output` says so.
 
@@ -163,7 +168,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / ranks), or (..., out) if gathered."""
-        y = F.linear(x, self.weight)
+        y = product(x, self.weight)
         return gather_features(y)[..., : self.out_features] if self.gather_output else y
 
 
@@ -180,7 +185,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / ranks) -> (..., out)."""
-        y = F.linear(x, self.weight)
+        y = product(x, self.weight)
         if size() > 1:
             dist.all_reduce(y, group=fairscale_state.get_model_parallel_group())
         return y

@@ -50,6 +50,7 @@ class Options(TypedDict, total=False):
     top_k: int | None
     stop: Sequence[str | int] | None
     seed: int | None
+    n: int
 
 
 class Piece(NamedTuple):
@@ -83,6 +84,7 @@ class Request:
     top_k: int | None = None
     stop: Sequence[str | int] | None = None
     seed: int | None = None
+    n: int = 1  # completions of each prompt
     rows: Sequence[int] | None = None  # the caller's index of each prompt; None: 0, 1, 2, ...
     infilling: bool = False  # the output goes on inside a text, until EOT
 
@@ -92,10 +94,10 @@ class Request:
             raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) or a positive number.")
         if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1 (1 keeps every token).")
-        for name, least in (("top_k", 1), ("max_gen_len", 0)):
-            value = getattr(self, name)
-            if value is not None and not (is_integer(value) and value >= least):
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}, or None.")
+        for name, least in (("top_k", 1), ("max_gen_len", 0), ("n", 1)):
+            value, or_none = getattr(self, name), ", or None" * (name != "n")
+            if not ((value is None and or_none) or (is_integer(value) and value >= least)):
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}{or_none}.")
         if self.seed is not None and not is_integer(self.seed):
             raise ValueError(f"seed is {self.seed!r}; it must be an integer, or None to continue the sequence.")
         if isinstance(self.stop, str) or not all((isinstance(s, str) and s) or is_integer(s) for s in self.stop or ()):
@@ -111,6 +113,11 @@ class Request:
                     f"Prompt {row} has {len(prompt)} tokens, more than max_seq_len {max_seq_len}; shorten it, or build "
                     "with a larger max_seq_len."
                 )
+
+    def repeat(self) -> None:
+        """Put each prompt there `n` times: completion j of row i is row i n + j."""
+        self.prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
+        self.rows = [row * self.n + j for row in self.rows for j in range(self.n)]
 
 
 @dataclasses.dataclass

@@ -26,14 +26,14 @@ MAY_IMPORT = {
     "sampling": set(),
     "request": {"prompts"},
     "model": {"parallel"},
-    "decode": {"model", "sampling"},
+    "decode": {"model", "parallel", "sampling"},
     "quantize": {"parallel"},
     "tokenizer": {"files"},
     "prompts": {"tokenizer"},
     "stopping": {"tokenizer"},
     "checkpoint": {"files"},
     "lora": {"checkpoint"},
-    "loading": {"checkpoint", "device", "lora", "model", "parallel", "tokenizer"},
+    "loading": {"checkpoint", "device", "lora", "model", "parallel", "quantize", "tokenizer"},
 }
 MAY_IMPORT["generation"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = {"generation", "model", "prompts", "tokenizer"}

@@ -369,7 +369,7 @@ def slices(
         part = module_name(name)
         cut = CUT.get(part)
         pieces = [shard[name] for shard in shards]
-        if cut is None or shape[cut] == 1:  # one number for a whole row
+        if cut is None or list(pieces[0].shape[cut:]) == [1]:  # one number for a whole row
             start, whole, pieces = 0, list(shape), pieces[:1]
         elif part in ("wk", "wv"):
             start, whole = rank * (kv_rows // head_dim) // size * head_dim, [kv_rows, shape[1]]

@@ -80,11 +80,11 @@ class Llama:
         `ValueError` for files or arguments that are missing or wrong, `RuntimeError` if the memory does not suffice.
         """
         device = join(model_parallel_size, device)
-        source = checkpoint.find(Path(ckpt_dir))
-        tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
         for name, value, allowed in (("quantize", quantize, FORMATS), ("compile", compile, COMPILED)):
             if value is not None and value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be None or one of {', '.join(allowed)}.")
+        source = checkpoint.find(Path(ckpt_dir))
+        tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
         model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, device, dtype, quantize, lora)
         return Llama(model, tokenizer, seed=seed, compile=compile)
 

@@ -89,7 +89,7 @@ class Int4(Quantized):
     def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
         groups = weight.unflatten(1, (-1, GROUP))  # (N, K / GROUP, GROUP)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        scale, zero = (high - low) / 15, (7 * high + 8 * low) / 15
+        scale, zero = (high - low) / 15, (7 * low + 8 * high) / 15
         middle = groups.mean(-1, keepdim=True)
         for _ in range(FIT_ROUNDS):
             q = rounded(groups, scale, zero)

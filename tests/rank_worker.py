@@ -184,14 +184,21 @@ def fail_everywhere(folder: Path, requests: dict, results: Results) -> None:
     build(folder / requests["bad"])
 
 
-TASKS = {task.__name__: task for task in (alone, pair, four, fail_in_build, fail_in_generate, fail_everywhere)}
+def quantized(folder: Path, requests: dict, results: Results) -> None:
+    """Logits of several rows, and of one, of each checkpoint as it is to be quantized."""
+    for name, options in requests["quantized"].items():
+        model = build(folder / name, **options).model
+        results[name] = [model(torch.tensor(tokens), 0).tolist() for tokens in requests["tokens"]]
+
+
+TASKS = (alone, pair, four, fail_in_build, fail_in_generate, fail_everywhere, quantized)
 
 
 def main(task: str, folder: Path) -> None:
     results: Results = {}
     path = folder / f"{task}.{RANK}.json"
     watch_exit(results, lambda: path.write_text(json.dumps(results)))
-    TASKS[task](folder, json.loads((folder / "requests.json").read_text()), results)
+    {task.__name__: task for task in TASKS}[task](folder, json.loads((folder / "requests.json").read_text()), results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python bench.py                                  # the demo checkpoint
     python bench.py --shape 110m --dtype float32 --peers
+    python bench.py --shape 1.1b --formats plain,int8,int4 --ragged
     torchrun --standalone --nproc_per_node 2 bench.py --shape 15m
 
 Decoding reads every weight once for each token, so memory bandwidth bounds it; a prompt is bound by matrix products.
@@ -20,13 +21,16 @@ from pathlib import Path
 
 import fire
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llama import Llama, ModelArgs, Transformer, parallel
-from llama.decode import Batch
+from llama import Llama, ModelArgs, Transformer, parallel, quantize
+from llama.decode import Batch, compiled_step, eager_step
 from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, use_device
+from llama.loading import place
 
 DEMO = Path(__file__).parent / "demo"
+FORMATS = ("plain", "compiled", *quantize.FORMATS)
+RAGGED = (8, 64, 256, 512)  # tokens of each prompt
 SHAPES = {
     "15m": dict(dim=288, n_layers=6, n_heads=6, vocab_size=32000, multiple_of=32),
     "110m": dict(dim=768, n_layers=12, n_heads=12, vocab_size=32000, multiple_of=32),
@@ -44,6 +48,9 @@ def main(
     batches: tuple[int, ...] = (1, 4, 16),
     steps: int = 32,
     turns: int = 3,
+    formats: tuple[str, ...] = ("plain",),
+    ragged: bool = False,
+    layers: int | None = None,
     peers: bool = False,
 ):
     """Print one table and one JSON line.
@@ -57,21 +64,25 @@ def main(
         batches: rows decoded at once, with the prompt length that is nearest to 512.
         steps: tokens decoded in a turn.
         turns: how often each engine takes its turn.
+        formats: any of plain, compiled, int8 and int4, one engine each, over the same weights.
+        ragged: also a batch of prompts of 8, 64, 256 and 512 tokens.
+        layers: so many layers only, for figures that do not depend on their number.
         peers: also run transformers' LlamaForCausalLM (static cache, sdpa) on the same weights.
     """
-    prompts, batches = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (prompts, batches))
-    model = load_checkpoint(ckpt_dir or DEMO, prompts, batches, steps, device, dtype) if ckpt_dir or shape == "demo" \
-        else random_model(shape, prompts, batches, steps, device, dtype)  # fmt: skip
+    prompts, batches, formats = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (prompts, batches, formats))
+    if not set(formats) <= set(FORMATS):
+        raise ValueError(f"formats is {','.join(map(str, formats))}; it must be some of {', '.join(FORMATS)}.")
+    longest, most = max(*prompts, RAGGED[-1] * ragged) + steps, max(*batches, len(RAGGED) * ragged)
+    model = load_checkpoint(ckpt_dir or DEMO, longest, most, device, dtype) if ckpt_dir or shape == "demo" \
+        else random_model(shape, longest, most, device, dtype, layers)  # fmt: skip
     where, kind = model.norm.weight.device, model.norm.weight.dtype
-    engines = {"llama": Ours(model)}
+    engines = {f"llama {name}".removesuffix(" plain"): Ours(model, name) for name in formats}
     if peers:
         engines["transformers"] = Transformers(model)
     limits = machine_limits(where, kind)
-    results = [
-        result
-        for rows, length in cases(prompts, batches, model.params.max_seq_len - steps)
-        for result in measure(engines, model, rows, length, steps, turns)
-    ]
+    uniform = cases(prompts, batches, model.params.max_seq_len - steps)
+    lengths = [(length,) * rows for rows, length in uniform] + [RAGGED] * ragged
+    results = [result for each in lengths for result in measure(engines, model, each, steps, turns)]
     after = machine_limits(where, kind)
     limits = {name: max(value, after[name]) for name, value in limits.items()}
     if parallel.world()[0] == 0:
@@ -86,12 +97,11 @@ def cases(prompts: tuple[int, ...], batches: tuple[int, ...], longest: int) -> l
     return [(1, length) for length in fitting] + [(rows, middle) for rows in batches if rows > 1]
 
 
-def load_checkpoint(folder, prompts, batches, steps, device, dtype) -> Transformer:
-    longest = max(prompts) + steps
-    return Llama.build(folder, max_seq_len=longest, max_batch_size=max(batches), device=device, dtype=dtype).model
+def load_checkpoint(folder, longest, most, device, dtype) -> Transformer:
+    return Llama.build(folder, max_seq_len=longest, max_batch_size=most, device=device, dtype=dtype).model
 
 
-def random_model(shape, prompts, batches, steps, device, dtype) -> Transformer:
+def random_model(shape, longest, most, device, dtype, layers) -> Transformer:
     """Weights of the shape, made in place; the same on no two ranks, which changes no speed."""
     if shape not in SHAPES:
         raise ValueError(f"shape is {shape!r}; it must be demo or one of {', '.join(SHAPES)}.")
@@ -99,7 +109,8 @@ def random_model(shape, prompts, batches, steps, device, dtype) -> Transformer:
     use_device(device)
     parallel.initialize(None, collective_backend(device), device)
     dtype = choose_dtype(dtype, torch.bfloat16, device)
-    args = ModelArgs(**SHAPES[shape], max_seq_len=max(prompts) + steps, max_batch_size=max(batches))
+    args = ModelArgs(**SHAPES[shape], max_seq_len=longest, max_batch_size=most)
+    args.n_layers = layers or args.n_layers
     with torch.device("meta"):
         model = Transformer(args)
     state = {name: torch.empty(p.shape, dtype=dtype, device=device) for name, p in model.named_parameters()}
@@ -112,16 +123,30 @@ def random_model(shape, prompts, batches, steps, device, dtype) -> Transformer:
 class Ours:
     """This library: prefill, then steps, the likeliest token each time."""
 
-    def __init__(self, model: Transformer):
-        self.model = model
+    def __init__(self, model: Transformer, form: str = "plain"):
+        self.model = quantized_copy(model, form) if form in quantize.FORMATS else model
+        self.advance = compiled_step(model, "cudagraph") if form == "compiled" else eager_step(self.model)
 
-    def prefill(self, prompts: Tensor) -> Tensor:
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
         self.model.own_cache().ids = []  # nothing is reused
-        self.batch = Batch(self.model, prompts.tolist())
+        self.batch = Batch(self.model, prompts, self.advance)
         return self.batch.prefill()[0].argmax(-1)
 
     def step(self, ids: Tensor) -> Tensor:
         return self.batch.step(ids.tolist()).argmax(-1)
+
+
+def quantized_copy(model: Transformer, kind: str) -> Transformer:
+    """The same model with quantized matrices; embedding, norms and cache are shared."""
+    with torch.device("meta"):
+        copy = Transformer(model.params)
+    for name, weight in model.state_dict().items():
+        place(copy, name, weight, weight.dtype, kind)
+    for module in copy.modules():
+        if isinstance(module, quantize.Quantized):
+            module.pack()
+    copy.cache = model.own_cache()
+    return copy.requires_grad_(False).eval()
 
 
 class Transformers:
@@ -151,19 +176,30 @@ class Transformers:
         self.length = args.max_seq_len
 
     @torch.no_grad()
-    def prefill(self, prompts: Tensor) -> Tensor:
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        """Shorter prompts are padded on the left, behind a mask."""
         from transformers import StaticCache
 
         self.cache = StaticCache(config=self.config, max_cache_len=self.length)
-        return self.run(prompts)
+        longest, device = max(map(len, prompts)), self.model.device
+        padding = [longest - len(prompt) for prompt in prompts]
+        tokens = [[0] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
+        seen = [[0] * count + [1] * len(prompt) for count, prompt in zip(padding, prompts, strict=True)]
+        self.seen = torch.tensor(seen, device=device) if any(padding) else None
+        return self.run(torch.tensor(tokens, device=device))
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
+        if self.seen is not None:
+            self.seen = torch.cat((self.seen, torch.ones_like(self.seen[:, :1])), dim=1)
         return self.run(ids[:, None])
 
     def run(self, tokens: Tensor) -> Tensor:
-        out = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1].argmax(-1)
+        options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
+        if self.seen is not None:
+            positions = (self.seen.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            options |= {"attention_mask": self.seen, "position_ids": positions}
+        return self.model(input_ids=tokens, **options).logits[:, -1].argmax(-1)
 
 
 def peer_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,37 +246,64 @@ def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]
     return {"read": read, "matrix": max(2 * 2048**3 / seconds(lambda: a @ b, device) for _ in range(10))}
 
 
-def measure(engines: dict, model: Transformer, rows: int, length: int, steps: int, turns: int) -> list[dict]:
+def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes held at most while `work` runs, above what was held before; None where the system does not say."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if device.type != "cpu" or not clear.exists():
+        work()
+        return None
+    clear.write_text("5")  # the peak begins anew
+
+    def resident(field: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field)) * 1024
+
+    before = resident("VmRSS")
+    work()
+    return resident("VmHWM") - before
+
+
+def measure(engines: dict, model: Transformer, lengths: tuple[int, ...], steps: int, turns: int) -> list[dict]:
     """The median time of a prefill and of a step for each engine, taking turns; the first turn only warms up."""
-    device = model.norm.weight.device
-    prompts = torch.randint(3, model.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
-    times = {name: ([], []) for name in engines}
+    device, generator = model.norm.weight.device, torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, model.vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    times, peaks = {name: ([], []) for name in engines}, {}
     for turn in range(turns + 1):
         for name, engine in engines.items():
             box = []
-            prefill = seconds(lambda engine=engine, box=box: box.append(engine.prefill(prompts)), device)
+            work = lambda engine=engine, box=box: box.append(engine.prefill(prompts))  # noqa: E731
+            if not turn:
+                peaks[name] = peak_memory(work, device)
+                engine.step(box.pop())
+                continue
+            prefill = seconds(work, device)
             decode = []
             for _ in range(steps):
                 decode.append(seconds(lambda engine=engine, box=box: box.append(engine.step(box.pop())), device))
-            if turn:
-                times[name][0].append(prefill)
-                times[name][1].append(statistics.median(decode))
+            times[name][0].append(prefill)
+            times[name][1].append(statistics.median(decode))
     return [
-        {"engine": name, "rows": rows, "prompt": length, "first_token_s": statistics.median(prefill),
-         "step_s": statistics.median(decode)}
+        {"engine": name, "prompts": lengths, "first_token_s": statistics.median(prefill),
+         "step_s": statistics.median(decode), "prefill_bytes": peaks[name]}
+        | work_of(engines[name].model, model, lengths)
         for name, (prefill, decode) in times.items()
     ]  # fmt: skip
 
 
-def work_of(model: Transformer, rows: int, length: int) -> tuple[float, float]:
-    """(operations of a prefill, bytes of a step at that length) of this rank."""
+def work_of(engine: nn.Module, model: Transformer, lengths: tuple[int, ...]) -> dict[str, float]:
+    """Operations of a prefill and bytes of a step at these lengths, of this rank: what any engine has to do."""
     args, weight = model.params, model.norm.weight
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-    output = model.output.weight.numel()
-    pairs = length * (length + 1) / 2  # of a query and a key it sees
+    pairs = sum(length * (length + 1) / 2 for length in lengths)  # of a query and a key it sees
     attention = 4 * args.n_layers * pairs * args.dim / parallel.size()
-    cache = 2 * args.n_layers * max(args.kv_heads // parallel.size(), 1) * args.head_dim * length
-    return rows * (2 * matrices * length + 2 * output + attention), (matrices + output + rows * cache) * weight.itemsize
+    operations = 2 * matrices * sum(lengths) + 2 * model.output.weight.numel() * len(lengths) + attention
+    cache = 2 * args.n_layers * max(args.kv_heads // parallel.size(), 1) * args.head_dim * sum(lengths)
+    weights = sum(t.nbytes for t in (*engine.parameters(), *engine.buffers())) - model.tok_embeddings.weight.nbytes
+    return {"operations": operations, "bytes": weights + cache * weight.itemsize}
 
 
 def print_table(results: list[dict], limits: dict[str, float], model: Transformer) -> None:
@@ -251,16 +314,23 @@ def print_table(results: list[dict], limits: dict[str, float], model: Transforme
         f"dim {args.dim}, {args.n_layers} layers, vocabulary {args.vocab_size}\n"
         f"limits: read {limits['read'] / 1e9:.1f} GB/s, matrix {limits['matrix'] / 1e12:.3f} TFLOP/s\n"
     )
-    print("| engine | rows | prompt | first token, ms | prefill, tokens/s | of matrix | decode, tokens/s | of read |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    columns = ("engine", "rows", "prompt", "first token, ms", "prefill, tokens/s", "of matrix", "prefill memory, MB",
+               "decode, tokens/s", "of read")  # fmt: skip
+    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     for r in results:
-        operations, size = work_of(model, r["rows"], r["prompt"])
-        print(
-            f"| {r['engine']} | {r['rows']} | {r['prompt']} | {r['first_token_s'] * 1e3:.1f} | "
-            f"{r['rows'] * r['prompt'] / r['first_token_s']:,.0f} | "
-            f"{operations / r['first_token_s'] / limits['matrix']:.0%} | {r['rows'] / r['step_s']:,.1f} | "
-            f"{size / r['step_s'] / limits['read']:.0%} |"
+        lengths, first, step = r["prompts"], r["first_token_s"], r["step_s"]
+        cells = (
+            r["engine"],
+            f"{len(lengths)}",
+            "/".join(map(str, dict.fromkeys(lengths))),
+            f"{first * 1e3:.1f}",
+            f"{sum(lengths) / first:,.0f}",
+            f"{r['operations'] / first / limits['matrix']:.0%}",
+            "" if r["prefill_bytes"] is None else f"{r['prefill_bytes'] / 1e6:,.0f}",
+            f"{len(lengths) / step:,.1f}",
+            f"{r['bytes'] / step / limits['read']:.0%}",
         )
+        print(f"| {' | '.join(cells)} |")
     print()
 
 

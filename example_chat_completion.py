@@ -46,6 +46,7 @@ def main(
     max_batch_size: int = 8,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     seed: int = 1,
     stream: bool = False,
     interactive: bool = False,
@@ -63,13 +64,15 @@ def main(
         max_batch_size: dialogs to work on at once.
         device: cuda, mps or cpu; the best of them if not given.
         dtype: float32, bfloat16 or float16; the checkpoint's where the device computes it if not given.
+        quantize: int8 or int4, to keep the weights in that many bits.
         seed: the same seed gives the same answers.
         stream: print each answer as it is made, one dialog after the other.
         interactive: talk in the terminal. Ctrl-C cuts an answer short, Ctrl-D ends.
         system: in a conversation, how the model is to answer.
     """
     rows = 1 if interactive or stream else max_batch_size
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, rows, seed=seed, device=device, dtype=dtype)
+    options = {"device": device, "dtype": dtype, "quantize": quantize}
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, rows, seed=seed, **options)
     sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
     if interactive:
         converse(llama, system, sampling)

@@ -36,6 +36,7 @@ def main(
     max_batch_size: int = 4,
     device: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     seed: int = 1,
     stream: bool = False,
 ):
@@ -52,10 +53,12 @@ def main(
         max_batch_size: prompts to work on at once.
         device: cuda, mps or cpu; the best of them if not given.
         dtype: float32, bfloat16 or float16; the checkpoint's where the device computes it if not given.
+        quantize: int8 or int4, to keep the weights in that many bits.
         seed: the same seed gives the same text.
         stream: print the text as it is made, one prompt after the other.
     """
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, device=device, dtype=dtype)
+    options = {"device": device, "dtype": dtype, "quantize": quantize}
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **options)
     texts = [str(prompt) for prompt in prompts] or (DEMO_PROMPTS if ckpt_dir == DEMO else PROMPTS)
     out = sys.stdout if world()[0] == 0 else None
     if stream:

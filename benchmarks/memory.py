@@ -4,6 +4,7 @@ python benchmarks/memory.py
 """
 
 from llama import ModelArgs
+from llama.loading import held
 
 MODELS = {
     "Llama 2 7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000),
@@ -12,6 +13,7 @@ MODELS = {
         dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3
     ),
 }
+FORMATS = (("bfloat16, float16", 2, None), ("float32", 4, None), ("int8", 2, "int8"), ("int4", 2, "int4"))
 RANKS = (1, 2, 8)
 
 
@@ -21,8 +23,8 @@ def table() -> str:
     lines = [f"| model | dtype | {ranks} | cache of 1,000 tokens |", "| --- | --- |" + " ---: |" * (len(RANKS) + 1)]
     for name, args in MODELS.items():
         args.max_batch_size, args.max_seq_len = 1, 1000
-        for dtype, itemsize in (("bfloat16, float16", 2), ("float32", 4)):
-            weights = " | ".join(f"{args.memory(itemsize, n)[0] / 1e9:.1f}" for n in RANKS)
+        for dtype, itemsize, quantize in FORMATS:
+            weights = " | ".join(f"{held(args, itemsize, quantize, n)[0] / 1e9:.1f}" for n in RANKS)
             lines.append(f"| {name} | {dtype} | {weights} | {args.memory(itemsize)[1] / 1e9:.2f} |")
     return "\n".join(lines)
 

@@ -84,7 +84,8 @@ class Int4(Quantized):
             )
         of_group = (rows, columns // GROUP, torch.bfloat16)
         super().__init__({"int4": (rows, columns // 2, torch.uint8), "scale": of_group, "zero": of_group})
-        self.packed: Tensor | None = None
+        for name in ("packed", "scale_and_zero"):
+            self.register_buffer(name, None, persistent=False)
 
     def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
         groups = weight.unflatten(1, (-1, GROUP))  # (N, K / GROUP, GROUP)
@@ -102,7 +103,8 @@ class Int4(Quantized):
         return q[:, 0::2] | q[:, 1::2] << 4, scale.squeeze(-1), zero.squeeze(-1)
 
     def pack(self) -> None:
-        if self.int4.device.type != "cpu" or self.int4.shape[0] % 64 or block_width() is None:
+        self.width = block_width()
+        if self.int4.device.type != "cpu" or self.int4.shape[0] % 64 or self.width is None:
             return
         q = torch.stack((self.int4 & 15, self.int4 >> 4), dim=-1).flatten(1)
         self.packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
@@ -121,7 +123,7 @@ class Int4(Quantized):
         if self.packed is None:
             q, scale, zero = torch.stack((self.int4 & 15, self.int4 >> 4), dim=-1).flatten(1), self.scale, self.zero
         else:
-            q, (scale, zero) = unpacked(self.packed, block_width()), self.scale_and_zero.transpose(0, 1).unbind(-1)
+            q, (scale, zero) = unpacked(self.packed, self.width), self.scale_and_zero.transpose(0, 1).unbind(-1)
         groups = q.to(dtype).sub_(8).unflatten(1, (-1, GROUP))
         return groups.mul_(scale.to(dtype).unsqueeze(-1)).add_(zero.to(dtype).unsqueeze(-1)).flatten(1)
 

@@ -189,6 +189,7 @@ def test_a_sharp_distribution_is_not_sorted_whole(monkeypatch):
 # --- compiled steps ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_steps_choose_what_eager_ones_do(model, tokenizer, capfd):
     eager, prompts = Llama(model, tokenizer), [prompt(5), prompt(12)]
     for name in ("default", "cudagraph"):  # which without a GPU is the same, but has its own way through torch

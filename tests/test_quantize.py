@@ -170,9 +170,6 @@ def test_quantized_logits_stay_near_the_original(folder):
 def test_what_is_held_is_what_is_said(folder, kind):
     model = build(folder, quantize=kind).model
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    rearranged = [module for module in model.modules() if isinstance(module, Int4) and module.packed is not None]
-    assert bool(rearranged) == (kind == "int4")
-    held += sum(module.packed.nbytes + module.scale_and_zero.nbytes for module in rearranged)
     said = loading.held(model.params, 4, kind, 1)[0]
     assert said <= held <= 1.05 * said
 

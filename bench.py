@@ -75,6 +75,8 @@ def main(
     longest, most = max(*prompts, RAGGED[-1] * ragged) + steps, max(*batches, len(RAGGED) * ragged)
     model = load_checkpoint(ckpt_dir or DEMO, longest, most, device, dtype) if ckpt_dir or shape == "demo" \
         else random_model(shape, longest, most, device, dtype, layers)  # fmt: skip
+    if any(isinstance(module, quantize.Quantized) for module in model.modules()):
+        raise ValueError(f"{ckpt_dir} is quantized; give the original, with --formats int8,int4.")
     where, kind = model.norm.weight.device, model.norm.weight.dtype
     engines = {f"llama {name}".removesuffix(" plain"): Ours(model, name) for name in formats}
     if peers:

@@ -171,7 +171,7 @@ class Source:
         if name in self.changes:
             change = take([self.changes[name]], cut or 0, begin, end - begin)
             tensor = tensor.float() + change if isinstance(self.changes[name], Product) else change
-        return tensor.to(self.dtype)
+        return tensor if name in self.matrices else tensor.to(self.dtype)  # quantizing rounds, once
 
     def stored(self, name: str, index: int, count: int) -> dict[str, Tensor]:
         """What a file holds of a tensor: its share, or the parts of the quantized matrix."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from llama.sampling import log_probs
 PREFILL_TOKENS = 2048  # tokens of all rows in one forward pass: bounds the activations of a long prompt
 SHORTEST_PASS = 64  # positions in one forward pass, unless fewer are left: shorter ones cost as much
 SCORED_LOGITS = 2**24  # logits held at once while prompt tokens are scored: 64 MB in float32
+COMPILATIONS = 10_000  # of one step, for other numbers of rows and other models: none is one too many
 COMPILED = {"default": "default", "cudagraph": "reduce-overhead"}  # by torch's names
 
 
@@ -64,7 +66,8 @@ def compiled_step(model: Transformer, mode: str) -> Step:
         for tensor in (cache.k, cache.v):
             torch._dynamo.mark_static_address(tensor)  # written in place, so a graph has to know where it stays
         try:
-            result = logits(tokens, torch.tensor(positions, device=tokens.device), cache)
+            with torch._dynamo.config.patch(recompile_limit=COMPILATIONS) if rows not in seen else nullcontext():
+                result = logits(tokens, torch.tensor(positions, device=tokens.device), cache)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"torch cannot compile the model here ({reason}); leave compile out.") from None
@@ -119,7 +122,8 @@ class Batch:
         self.cache.ids = self.held
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         longest = len(prompts[0])
-        tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
+        padded = [prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts]  # no id that is not its own
+        tokens = torch.tensor(padded, device=self.device)
         scores = torch.zeros(tokens.shape, dtype=torch.float32, device=self.device) if score else None
         final = torch.empty(len(prompts), self.model.params.dim, dtype=self.cache.k.dtype, device=self.device)
         begin = reusable

@@ -113,7 +113,7 @@ class Llama:
         itself, before the first piece.
         """
         options = {"top_k": top_k, "stop": stop, "seed": seed, "n": n}
-        return self.start(Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options))
+        return self.start(Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options))[1]
 
     def generate(
         self,
@@ -136,10 +136,9 @@ class Llama:
         Raises `ValueError` for arguments out of range and prompts that do not fit, `RuntimeError` if the model
         computes numbers that are not finite.
         """
-        prompt_tokens = parallel.broadcast_object(prompt_tokens, self.device)
-        pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
-        rows = drain(pieces, len(prompt_tokens) * options.get("n", 1))
-        return [row.ids for row in rows], [row.logprobs for row in rows] if logprobs else None
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
+        request, rows = self.complete(request)
+        return [row.ids for row in rows], [row.logprobs for row in rows] if request.logprobs else None
 
     def text_completion(
         self,
@@ -154,9 +153,9 @@ class Llama:
         """Continue each text. Arguments and errors as for `generate`."""
         prompts = parallel.broadcast_object(prompts, self.device)
         prompt_tokens = self.encode_texts(prompts)
-        pieces = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
-        rows = drain(pieces, len(prompts) * options.get("n", 1))
-        return [self.prediction(row, row.text, logprobs) for row in rows]
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
+        request, rows = self.complete(request)
+        return [self.prediction(row, row.text, request.logprobs) for row in rows]
 
     def chat_completion(
         self,
@@ -175,14 +174,15 @@ class Llama:
         dialogs = parallel.broadcast_object(dialogs, self.device)
         for index, dialog in enumerate(dialogs):
             prompts.check_dialog(dialog, f"Dialog {index}")
-        refusals = [self.refusal(dialog, logprobs) for dialog in dialogs]
-        accepted = [index for index, refusal in enumerate(refusals) if refusal is None]
+        accepted = [index for index, dialog in enumerate(dialogs) if self.refusal(dialog, logprobs) is None]
         prompt_tokens = [prompts.encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, rows=accepted, **options)
-        pieces = self.start(request)
-        rows = drain(pieces, len(dialogs) * request.n)
-        answers = [{"role": "assistant", "content": row.text} for row in rows]
-        return [refusals[at // request.n] or self.prediction(row, answers[at], logprobs) for at, row in enumerate(rows)]
+        request, rows = self.complete(request, len(dialogs))
+        return [
+            self.refusal(dialogs[at // request.n], request.logprobs)
+            or self.prediction(row, {"role": "assistant", "content": row.text}, request.logprobs)
+            for at, row in enumerate(rows)
+        ]
 
     def text_infilling(
         self,
@@ -206,11 +206,10 @@ class Llama:
         pairs = list(zip(prefixes, suffixes, strict=True))
         prompt_tokens = [prompts.encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, infilling=True, **options)
-        pieces = self.start(request)
-        rows = drain(pieces, len(pairs) * request.n)
+        request, rows = self.complete(request)
         around = [pairs[at // request.n] for at in range(len(rows))]
         return [
-            self.prediction(row, row.text, logprobs) | {"full_text": prefix + row.text + suffix}
+            self.prediction(row, row.text, request.logprobs) | {"full_text": prefix + row.text + suffix}
             for row, (prefix, suffix) in zip(rows, around, strict=True)
         ]
 
@@ -241,7 +240,12 @@ class Llama:
         prediction = self.prediction(row, {"role": "assistant", "content": UNSAFE_ERROR}, logprobs)
         return prediction | {"refusal": f"Message {found[0]} holds the special tag {found[1]}."}
 
-    def start(self, request: Request) -> Iterator[Piece]:
+    def complete(self, request: Request, prompts: int | None = None) -> tuple[Request, list[Row]]:
+        """Run a request, the first rank's, which is returned, to its end; for `prompts`, those not asked included."""
+        request, pieces = self.start(request)
+        return request, drain(pieces, len(request.prompts) if prompts is None else prompts * request.n)
+
+    def start(self, request: Request) -> tuple[Request, Iterator[Piece]]:
         """Check a request, the first rank's on all ranks, give it a seed if it has none, and begin to run it."""
         request = parallel.broadcast_object(request, self.device)
         if request.rows is None:
@@ -250,7 +254,7 @@ class Llama:
         if request.seed is None and request.temperature > 0:
             request.seed = parallel.broadcast_object(self.seeds.getrandbits(63), self.device)
         request.repeat()
-        return self.run(request)
+        return request, self.run(request)
 
     def run(self, request: Request) -> Iterator[Piece]:
         """The prompts in consecutive chunks of at most `max_batch_size` rows; calls without prompts yield nothing."""
@@ -303,7 +307,7 @@ class Llama:
         """The next id of each row, the first rank's choice on all ranks, and its log-probability if asked."""
         known = logits[:, : self.tokenizer.n_words]  # rows beyond the tokenizer have no text: never chosen
         ids = parallel.broadcast(sample(known, uniforms, request.temperature, request.top_p, request.top_k))
-        chosen, finite = torch.stack((ids, logits.isfinite().all(-1))).tolist()  # the step's one wait for the device
+        chosen, finite = torch.stack((ids, logits.isfinite().all(-1))).tolist()
         self.require_finite(finite, lambda at: (rows[at], batch.length(at) - 1))
         return chosen, log_probs(logits, ids).tolist() if request.logprobs else [0.0] * len(chosen)
 

@@ -64,7 +64,9 @@ class Int8(Quantized):
             flat = x.reshape(-1, x.shape[-1]).bfloat16()  # the kernel's number format
             y = torch._weight_int8pack_mm(flat, self.int8, self.scale.view(-1))
             return y.view(*x.shape[:-1], -1).type_as(x)
-        return F.linear(x, self.int8.to(x.dtype)) * self.scale.view(-1).to(x.dtype)  # q is exact in any format
+        if x.dtype == torch.float16:  # in which a product with q alone can exceed the largest number
+            return F.linear(x, self.int8.half() * self.scale.half())
+        return F.linear(x, self.int8.to(x.dtype)) * self.scale.view(-1).to(x.dtype)  # q is exact in the others
 
     def dequantized(self) -> Tensor:
         return self.int8.float() * self.scale.float()
@@ -103,10 +105,10 @@ class Int4(Quantized):
         return q[:, 0::2] | q[:, 1::2] << 4, scale.squeeze(-1), zero.squeeze(-1)
 
     def pack(self) -> None:
-        self.width = block_width()
-        if self.int4.device.type != "cpu" or self.int4.shape[0] % 64 or self.width is None:
+        if self.int4.device.type != "cpu" or self.int4.shape[0] % 64 or block_width() is None:
             return
         q = torch.stack((self.int4 & 15, self.int4 >> 4), dim=-1).flatten(1)
+        self.width = block_width()
         self.packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         self.scale_and_zero = torch.stack((self.scale.T, self.zero.T), dim=-1).contiguous()  # (K / GROUP, N, 2)
         del self.int4, self.scale, self.zero
@@ -142,7 +144,7 @@ def unpacked(packed: Tensor, width: int) -> Tensor:
 @functools.cache
 def block_width() -> int | None:
     """The width of the blocks that torch's layout has on this processor, found out by packing known numbers."""
-    known = torch.arange(64 * GROUP, dtype=torch.int32).mul_(40503).view(64, GROUP) >> 7 & 15
+    known = torch.arange(64 * GROUP, dtype=torch.int32, device="cpu").mul_(40503).view(64, GROUP) >> 7 & 15
     packed = torch._convert_weight_to_int4pack_for_cpu(known, 1)
     return next((width for width in (32, 16) if torch.equal(unpacked(packed, width).int(), known)), None)
 

@@ -136,6 +136,7 @@ def test_refused_dialogs_keep_their_n_places(llama):
     answers = llama.chat_completion([bad, good], 0.9, max_gen_len=6, seed=2, n=2)
     assert [answer["finish_reason"] == "refused" for answer in answers] == [True, True, False, False]
     assert answers[0]["generation"]["content"] == answers[1]["generation"]["content"] == UNSAFE_ERROR
+    assert answers[0] is not answers[1] and answers[0]["generation"] is not answers[1]["generation"]
     assert answers[2:] == llama.chat_completion([bad, bad, good, good], 0.9, max_gen_len=6, seed=2)[2:]
 
 
@@ -190,12 +191,14 @@ def test_a_sharp_distribution_is_not_sorted_whole(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_steps_choose_what_eager_ones_do(model, tokenizer, capfd):
+def test_compiled_steps_choose_what_eager_ones_do(model, tokenizer, capfd, monkeypatch):
     eager, prompts = Llama(model, tokenizer), [prompt(5), prompt(12)]
     for name in ("default", "cudagraph"):  # which without a GPU is the same, but has its own way through torch
         compiled = Llama(model, tokenizer, compile=name)
         assert compiled.generate(prompts, 12, temperature=0) == eager.generate(prompts, 12, temperature=0)
         assert "llama: compiled for 2 rows in" in capfd.readouterr().err
+        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+        assert compiled.generate(prompts[:1], 3, temperature=0) == eager.generate(prompts[:1], 3, temperature=0)
         pairs = zip(compiled.score(["a b"]), eager.score(["a b"]), strict=True)
         assert all(one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-5) for one, other in pairs)
 

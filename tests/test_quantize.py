@@ -113,6 +113,15 @@ def test_products_are_those_of_the_dequantized_matrix(kind, shape, dtype):
         assert (found.float() - expected).norm() <= tolerance * expected.norm(), rows
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_in_float16_stay_finite(kind):
+    """Sums of x and q alone, before the scale, would exceed 65504."""
+    weight, x = packed(kind, matrix(64, 4096)), 40 * matrix(20, 4096, seed=1).sign()
+    expected = F.linear(x, weight.dequantized())
+    for rows in (4, 20):
+        assert (weight(x[:rows].half()).float() - expected[:rows]).norm() < 6e-3 * expected[:rows].norm()
+
+
 def test_an_inner_size_that_the_kernel_gets_wrong():
     """torch's int8 kernel needs multiples of 16 and does not say so."""
     weight, x = packed("int8", matrix(64, 24)), matrix(1, 24, seed=1)

@@ -133,6 +133,7 @@ class Sample(NamedTuple):
     messages: tuple[dict[str, str], ...]
     text: str
     keys: tuple[Key, ...]
+    given: int = 0  # characters of a text after which all follows from what came before
 
 
 @dataclass
@@ -433,13 +434,13 @@ def fact_episode(chat: Chat, turns: int) -> None:
     """A question about a subject, then questions about "it"."""
     kind = chat.rng.choices(list(KNOWLEDGE), weights=(14, 12, 12, 8, 26, 8, 11, 5))[0]
     subject, facts = chat.rng.choice(KNOWLEDGE[kind])
-    facts = chat.rng.sample(facts, min(len(facts), turns))
-    asked = False
-    for fact in facts:
-        if asked and fact.follow_ups:
-            chat.ask(f"{kind}: it", f"{subject}: {fact.name}", fact.follow_ups, fact.answer)
-        elif not asked:
-            asked = chat.ask(kind, f"{subject}: {fact.name}", fact.phrasings, fact.answer)
+    asked = 0
+    for fact in chat.rng.sample(facts, len(facts)):
+        about = f"{subject}: {fact.name}"
+        if asked == 0:
+            asked += chat.ask(kind, about, fact.phrasings, fact.answer)
+        elif asked < turns and fact.follow_ups:
+            asked += chat.ask(f"{kind}: it", about, fact.follow_ups, fact.answer)
 
 
 def small_talk_episode(chat: Chat, turns: int) -> None:
@@ -571,27 +572,20 @@ def draw_item(chat: Chat, with_place: bool) -> Item:
 
 
 def statements(items: list[Item], rng: random.Random) -> str:
-    """The items as sentences, in a random order."""
+    """The items as sentences, in a random order: whose each is, what colour it has and, perhaps, where it is."""
     sentences = []
     for name, thing, colour, place in items:
         own = rng.choice(
-            (
-                f"{name} has {article(colour)} {thing}.",
-                f"{name} has {article(colour)} {thing}.",
-                f"{name} bought {article(colour)} {thing}.",
-                f"The {colour} {thing} belongs to {name}.",
-            )
+            (f"{name} has {article(thing)}.", f"{name} bought {article(thing)}.", f"The {thing} belongs to {name}.")
         )
-        sentences.append([own])
+        sentences.append([own, f"The {thing} is {colour}."])
         if place:
-            sentences[-1].append(
-                rng.choice((f"The {thing} is in the {place}.", f"{name} left the {thing} in the {place}."))
-            )
+            where = (f"The {thing} is in the {place}.", f"{name} left the {thing} in the {place}.")
+            sentences[-1].append(rng.choice(where))
     rng.shuffle(sentences)
-    if rng.random() < 0.3:  # owners first, places later
-        flat = [s[0] for s in sentences] + rng.sample(
-            [s[1] for s in sentences if len(s) > 1], sum(len(s) > 1 for s in sentences)
-        )
+    if rng.random() < 0.3:  # owners first, all else later
+        rest = [sentence for _, *others in sentences for sentence in others]
+        flat = [own for own, *_ in sentences] + rng.sample(rest, len(rest))
     else:
         flat = [sentence for group in sentences for sentence in group]
     return " ".join(flat)
@@ -611,14 +605,14 @@ def ask_owner(item: Item, it: bool, rng: random.Random) -> Question:
     question = rng.choice(
         (f"Who has {thing}?", f"Whose is {thing}?" if it else f"Who has the {item.colour} {item.thing}?")
     )
-    return "owner", question, Answer(f"{item.name} has the {item.thing}.", item.name)
+    return "owner", question, Answer(f"The {item.thing} belongs to {item.name}.", item.name)
 
 
 def ask_thing(item: Item, it: bool, rng: random.Random) -> Question:
     return (
         "thing",
         f"What does {item.name} have?",
-        Answer(f"{item.name} has {article(item.colour)} {item.thing}.", item.thing),
+        Answer(f"{item.name} has {article(item.thing)}.", item.thing),
     )
 
 
@@ -672,18 +666,16 @@ def reading_episode(chat: Chat, turns: int) -> None:
     if turns > 1 and rng.random() < 0.15:
         chat.say("remember", f"Remember this: {text}", Answer("I will remember it.", "yes"))
         said, turns = True, turns - 1
+    asked: set[tuple[str, Item]] = set()
     for _ in range(turns):
-        it = item is not None and rng.random() < 0.7
+        it = item is not None and rng.random() < 0.4
         item = item if it else rng.choice(items)
-        makers = [
-            ask_colour,
-            ask_owner,
-            ask_whether,
-            *([] if it else [ask_thing]),
-            *([ask_place] * 2 if with_place else []),
-        ]
         absent = not it and rng.random() < 0.15
+        makers = (ask_colour, ask_owner, ask_whether, *([] if it else [ask_thing]), *([ask_place] * 2 * with_place))
         kind, question, answer = ask_absent(chat) if absent else rng.choice(makers)(item, it, rng)
+        if (kind, item) in asked:  # its answer has been given
+            continue
+        asked.add((kind, item))
         chat.say(f"reading: {'it' if it else kind}", question if said else framed(text, question, rng), answer)
         said, item = True, None if absent else item
 
@@ -748,6 +740,57 @@ def story_sample(rng: random.Random, split: str, chapters: int = 1) -> Sample:
     return Sample("story", (), tell(draw_cast(chat), rng, chapters), tuple(chat.keys))
 
 
+def retelling_sample(rng: random.Random, split: str) -> Sample:
+    """A text about some things, then all that it says of them in other words and another order: reading, undiluted."""
+    chat = Chat(rng, split, None, "plain")
+    with_place = rng.random() < 0.6
+    items = [draw_item(chat, with_place) for _ in range(rng.randint(2, 5))]
+    return retelling(chat, items, [ask_colour, ask_owner, ask_thing, *([ask_place] * with_place)])
+
+
+def drills(count: int, seed: int = 1) -> Iterator[Sample]:
+    """Exercises in looking up, for training: words, pairs and statements said again, and retellings of little."""
+    rng = random.Random(f"drills {seed}")
+    for _ in range(count):
+        sample = small_retelling(rng) if rng.random() < 0.35 else said_again(rng)
+        yield sample._replace(kind="drill")
+
+
+def small_retelling(rng: random.Random) -> Sample:
+    """Of one to three things, one side or all."""
+    chat = Chat(rng, "train", None, "plain")
+    each = [ask_colour, ask_thing, ask_owner, ask_place]
+    makers = rng.choice([*([maker] for maker in each), each, each])
+    items = [draw_item(chat, ask_place in makers or rng.random() < 0.3) for _ in range(rng.choice((1, 2, 2, 3)))]
+    return retelling(chat, items, makers)
+
+
+LINKS = ("", "", "is", "is", "is", "has", "is in the", "is in the", "belongs to", "belongs to", "has a", "has a")
+
+
+def said_again(rng: random.Random) -> Sample:
+    """Words without sense, twice in the same order: "hat Tom red, hat Tom red." Or pairs, the second time in another,
+    "hat red, kite blue, bag pink, kite blue, bag pink, hat red.", perhaps linked: "The hat is red. The kite is blue..."
+    """
+    words = rng.sample(NAMES + COLOURS + OBJECTS + PLACES, 2 * rng.randint(2, 4))
+    if rng.random() < 0.1:
+        groups, mark = [" ".join(words)], ","
+    else:
+        link, the, mark = rng.choice(LINKS), rng.choice(("", "The ")), rng.choice((",", "."))
+        groups = [the + " ".join(filter(None, (a, link, b))) for a, b in zip(words[::2], words[1::2], strict=True)]
+    first = f"{mark} ".join(groups)
+    rng.shuffle(groups)
+    return Sample("drill", (), f"{first}{mark} {f'{mark} '.join(groups)}.", (), len(first) + 1)
+
+
+def retelling(chat: Chat, items: list[Item], makers: list[Callable[[Item, bool, random.Random], Question]]) -> Sample:
+    rng = chat.rng
+    told = [maker(item, False, rng)[2].sentence for item in items for maker in makers]
+    rng.shuffle(told)
+    text = statements(items, rng)
+    return Sample("retelling", (), " ".join([text, *told]), tuple(chat.keys), len(text))
+
+
 def foreign_sample(rng: random.Random, split: str) -> Sample:
     """Two to four sentences in one language, at times with an emoji after them."""
     who, what, where, frames = FOREIGN[rng.choice(list(FOREIGN))]
@@ -766,24 +809,24 @@ def foreign_sample(rng: random.Random, split: str) -> Sample:
 
 EPISODES: tuple[tuple[Callable[[Chat, int], None], int], ...] = (
     (reading_episode, 40),
-    (fact_episode, 36),
-    (unknown_episode, 8),
+    (fact_episode, 40),
+    (unknown_episode, 6),
     (small_talk_episode, 5),
-    (list_episode, 12),
-    (amounts_episode, 5),
+    (list_episode, 18),
+    (amounts_episode, 7),
 )
 
 
 def dialog_sample(rng: random.Random, split: str, at_least: int = 1) -> Sample:
-    """One dialog of one to four exchanges, or of `at_least` where that is more."""
+    """One dialog of one to six exchanges, or of `at_least` where that is more."""
     system, shape = rng.choice(SYSTEMS)
     chat = Chat(rng, split, system, shape)
-    if shape == "plain" and at_least == 1 and rng.random() < 0.06:
+    if shape == "plain" and at_least == 1 and rng.random() < 0.05:
         story_episode(chat)
-    target = max(at_least, rng.choice((1, 1, 1, 2, 2, 3, 4)))
+    target = max(at_least, rng.choice((1, 1, 2, 3, 4, 5, 6)))
     while chat.turn <= target:
         episode = rng.choices([episode for episode, _ in EPISODES], [weight for _, weight in EPISODES])[0]
-        episode(chat, rng.randint(1, min(3, target - chat.turn + 1)))
+        episode(chat, rng.randint(1, min(5, target - chat.turn + 1)))
     if system is not None:
         chat.messages.insert(0, {"role": "system", "content": system})
     return Sample(chat.kind, tuple(chat.messages), "", tuple(chat.keys))
@@ -798,6 +841,8 @@ def samples(split: str, count: int, seed: int = 1) -> Iterator[Sample]:
             yield dialog_sample(rng, split)
         elif draw < 0.81:
             yield dialog_sample(rng, split, at_least=rng.randint(8, 14))
+        elif draw < 0.885:
+            yield retelling_sample(rng, split)
         elif draw < 0.965:
             yield story_sample(rng, split)
         elif draw < 0.97:

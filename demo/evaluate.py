@@ -2,6 +2,7 @@
 
     python -m demo.evaluate              # the tables of MODEL_CARD.md; the last line is JSON
     python -m demo.evaluate --quick      # a tenth of the dialogs
+    python -m demo.evaluate --brief --quantize int8     # accuracy and perplexity alone, with smaller weights
 
 An answer is right if the greedy answer ends by itself and equals the expected one character for character, apart from
 the space that ends every answer in this encoding.
@@ -215,9 +216,19 @@ def main() -> None:
     parser.add_argument("--ckpt_dir", default=str(DEMO))
     parser.add_argument("--per-kind", type=int, default=100, help="dialogs of each kind of question")
     parser.add_argument("--quick", action="store_true", help="10 dialogs of each kind")
+    parser.add_argument("--brief", action="store_true", help="one line: accuracy and perplexity, nothing by group")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--quantize", choices=("int8", "int4"))
     options = parser.parse_args()
-    llama = Llama.build(options.ckpt_dir, max_seq_len=1024, max_batch_size=32, device="cpu", dtype=torch.float32)
-    report(llama, 10 if options.quick else options.per_kind)
+    formats = {"dtype": options.dtype, "quantize": options.quantize}
+    llama = Llama.build(options.ckpt_dir, max_seq_len=1024, max_batch_size=32, device="cpu", **formats)
+    per_kind = 10 if options.quick else options.per_kind
+    if options.brief:
+        asked = problems(per_kind)
+        right, found = marks(llama, asked, encode_dialog), perplexity(llama, max(20, 2 * per_kind))
+        print(f"{share(right):.1%} of {len(asked)} dialogs, perplexity {found:.4f} of {max(20, 2 * per_kind)} stories")
+    else:
+        report(llama, per_kind)
 
 
 if __name__ == "__main__":

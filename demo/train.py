@@ -2,9 +2,10 @@
 
     python -m demo.train                 # about an hour on two cores; Ctrl-C and start again: it goes on where it was
 
-The corpus is `demo.corpus.samples("train", SAMPLES)`, no more and no less. Sequences are not packed: in the chat
-encoding every exchange begins with BOS, so a neighbour in the same row could not be told from the dialog's own past.
-Rows of about the same length form a batch instead, padded at their end, where causal attention never looks.
+The corpus is `demo.corpus.samples("train", SAMPLES)` and `demo.corpus.drills(DRILLS)`, no more and no less. Sequences
+are not packed: in the chat encoding every exchange begins with BOS, so a neighbour in the same row could not be told
+from the dialog's own past. Rows of about the same length form a batch instead, padded at their end, where causal
+attention never looks.
 
 The optimizer is Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) for the matrices of the layers, AdamW
 for embedding, output and norms.
@@ -31,7 +32,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
-from demo.corpus import Sample, samples
+from demo.corpus import Sample, drills, samples
 from llama.model import ModelArgs, Transformer
 from llama.prompts import E_INST, format_dialog
 from llama.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ from llama.tokenizer import Tokenizer
 DEMO = Path(__file__).parent
 RUN = DEMO / "run"  # caches and snapshots; not part of the repository
 
-SAMPLES = 150_000
+SAMPLES, DRILLS, MORE = 190_000, 100_000, 30_000
 VOCABULARY = 2560
 PARAMS = {
     "dim": 256,
@@ -54,11 +55,14 @@ PARAMS = {
 }
 TRAINED_LENGTH = 768  # longest sequence, in tokens
 BATCH = 6144  # tokens in a batch, padding included
+MUON_RATE, ADAM_RATE = 0.012, 3e-3
 QUESTION_STRIDE = 10  # of what the user says, every tenth token is learned; of answers and stories, all
-LANGUAGE_STEPS = 600  # in which all learned tokens weigh alike; afterwards an answer's token weighs most:
+LANGUAGE_STEPS = 300  # in which all learned tokens weigh alike; afterwards an answer's token weighs most:
 STORY_WEIGHT, QUESTION_WEIGHT = 0.3, 0.2
-# Steps in which two batches of three are dialogs about a text, at most so many tokens long: see `schedule`.
-READING_STEPS = {range(1200, 1500): 100, range(2000, 2250): 100, range(2320, 4000): 200}
+DRILLED, REREAD = range(1400, 3750), range(4150, 4550)  # steps; see `schedule`
+REREAD_LENGTH = 160  # of the longest dialog then read again, in tokens
+
+PARTS = ("everything", "drill", "reread")  # of the corpus
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text to ids
@@ -109,12 +113,14 @@ def texts_of(sample: Sample) -> list[str]:
 
 
 def encode(tokenizer: Tokenizer, sample: Sample) -> tuple[list[int], bytes]:
-    """The sample's ids, and for each whether its loss counts in full (1) or is the user's (0)."""
+    """The sample's ids, and for each whether its loss counts in full (1) or it is given (0), by the user or a text."""
     ids, counts = [], b""
     for text in texts_of(sample):
         whole = tokenizer.encode(text, bos=True, eos=True)
         question = 1
-        if sample.messages:
+        if sample.given:
+            question = len(tokenizer.encode(text[: sample.given], bos=True, eos=False))
+        elif sample.messages:
             prompt = tokenizer.encode(text[: text.rindex(E_INST) + len(E_INST)], bos=True, eos=False)
             if whole[: len(prompt)] != prompt:
                 raise RuntimeError(f"The prompt is no prefix of its exchange: {text!r}")
@@ -133,23 +139,23 @@ class Corpus:
         self.cache = cache
         stored = torch.load(cache, weights_only=True)
         self.ids, self.counts, self.offsets = stored["ids"], stored["counts"], stored["offsets"].tolist()
-        self.reading = stored["reading"].tolist()
+        self.part = stored["part"].tolist()
 
     @staticmethod
     def build(tokenizer: Tokenizer, cache: Path) -> None:
-        ids, counts, offsets, reading = array.array("h"), bytearray(), array.array("q", [0]), bytearray()
-        for sample in samples("train", SAMPLES):
+        ids, counts, offsets, part = array.array("h"), bytearray(), array.array("q", [0]), bytearray()
+        for sample in itertools.chain(samples("train", SAMPLES), drills(DRILLS), reread()):
             sequence, weights = encode(tokenizer, sample)
-            if len(sequence) <= TRAINED_LENGTH:
+            if len(sequence) <= (REREAD_LENGTH if sample.kind == "reread" else TRAINED_LENGTH):
                 ids.extend(sequence)
                 counts += weights
                 offsets.append(len(ids))
-                reading.append(sample.kind.startswith("reading"))
+                part.append(PARTS.index(sample.kind) if sample.kind in PARTS else 0)
         stored = {
             "ids": torch.frombuffer(ids, dtype=torch.int16),
             "counts": torch.frombuffer(counts, dtype=torch.uint8),
             "offsets": torch.frombuffer(offsets, dtype=torch.int64),
-            "reading": torch.frombuffer(reading, dtype=torch.uint8),
+            "part": torch.frombuffer(part, dtype=torch.uint8),
         }
         torch.save(stored, cache)
 
@@ -171,22 +177,16 @@ class Corpus:
             weights[i, : end - start][counts > 0] = STORY_WEIGHT if story and not language else 1.0
         return ids, weights
 
-    def batches(self, reading: int | None = None) -> Iterator[list[int]]:
-        """Groups of sequences of similar length, in an order of chance that is always the same, epoch after epoch.
-
-        With `reading`, only dialogs of at most so many tokens that end in a question about a text.
-        """
+    def batches(self, part: str = "everything") -> Iterator[list[int]]:
+        """Groups of sequences of similar length, in an order of chance that is always the same, epoch after epoch."""
         for epoch in itertools.count():
             rng = random.Random(epoch)
-            order = [row for row in range(len(self.offsets) - 1) if reading is None or self.is_reading(row, reading)]
+            order = [row for row, found in enumerate(self.part) if found == PARTS.index(part)]
             rng.shuffle(order)
             for start in range(0, len(order), 6000):
                 groups = self.grouped(order[start : start + 6000])
                 rng.shuffle(groups)
                 yield from groups
-
-    def is_reading(self, row: int, longest: int) -> bool:
-        return bool(self.reading[row]) and self.offsets[row + 1] - self.offsets[row] <= longest
 
     def grouped(self, rows: list[int]) -> list[list[int]]:
         """The rows by length, in groups of up to BATCH tokens; the last, not full, is left out."""
@@ -242,14 +242,12 @@ class Muon(torch.optim.Optimizer):
 def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or not name.startswith("layers.")]
-    return [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    return [Muon(matrices, lr=MUON_RATE), torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Share of the full rate: 100 steps up, level; less than half from step 1200; down to zero over the last third."""
-    if step < 1200:
-        return min(1.0, (step + 1) / 100)
-    return 0.4 * min(1.0, (steps - step) / (0.3 * (steps - 1200)))
+    """Share of the full rate: up over the first 100 steps, down to a bit less than a half, in the end to zero."""
+    return min((step + 1) / 100, max(1 - step / 3000, 0.45), (steps - step) / 1000)
 
 
 def loss_of(model: Transformer, ids: Tensor, weights: Tensor) -> Tensor:
@@ -351,8 +349,10 @@ class Run:
         for parameter, mine, theirs in zip(self.model.parameters(), gradients, self.theirs, strict=True):
             parameter.grad = (mine + theirs) / 2
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.set_num_threads(2)  # the helper waits
         for part in self.optimizers:
             part.step()
+        torch.set_num_threads(1)
         self.step += 1
         self.tokens += sum(self.corpus.offsets[row + 1] - self.corpus.offsets[row] for row in rows)
         self.seconds += time.monotonic() - began
@@ -378,17 +378,28 @@ def train(steps: int) -> None:
 
 
 def schedule(corpus: Corpus, done: int, steps: int) -> Iterator[list[int]]:
-    """The batches from number `done` to number `steps`.
+    """The batches from number `done` to number `steps`: for some time two of three are drills, in the end readings.
 
-    To look up in a text what belongs together is learned late and suddenly. Times of little but that bring it on.
+    To look up in a text what belongs together is learned late and suddenly, from stories and dialogs alone hardly at
+    all. A time of little but that brings it on; what is built on it, such as noticing that the text does not say, then
+    needs more of the dialogs that ask for it.
     """
-    everything = corpus.batches()
-    texts = {longest: corpus.batches(reading=longest) for longest in READING_STEPS.values()}
+    parts = {part: corpus.batches(part) for part in PARTS}
     for step in range(steps):
-        longest = next((longest for times, longest in READING_STEPS.items() if step in times), None)
-        rows = next(texts[longest] if longest and step % 3 else everything)
+        rows = next(parts["everything" if step % 3 == 0 else part_of(step)])
         if step >= done:
             yield rows
+
+
+def part_of(step: int) -> str:
+    return "drill" if step in DRILLED else "reread" if step in REREAD else "everything"
+
+
+def reread() -> Iterator[Sample]:
+    """More dialogs that end in a question about a text."""
+    for sample in samples("train", MORE, seed=2):
+        if sample.kind.startswith("reading"):
+            yield sample._replace(kind="reread")
 
 
 def export(folder: Path = DEMO) -> None:
@@ -403,7 +414,7 @@ def export(folder: Path = DEMO) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model and write its checkpoint beside this script.")
-    parser.add_argument("--steps", type=int, default=2320)
+    parser.add_argument("--steps", type=int, default=4550)
     parser.add_argument("--export-only", action="store_true", help="write the checkpoint from the last snapshot")
     options = parser.parse_args()
     if not options.export_only:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from demo import evaluate, train  # noqa: E402
-from demo.corpus import SHAPES, held_out, samples  # noqa: E402
+from demo.corpus import SHAPES, drills, held_out, samples  # noqa: E402
 from llama import Llama, Tokenizer  # noqa: E402
 from llama.prompts import SPECIAL_TAGS, encode_dialog  # noqa: E402
 
@@ -82,10 +82,12 @@ def test_same_seed_writes_the_same_corpus():
     assert digest(1) == digest(1) != digest(2)
 
 
-def test_nothing_held_out_is_in_training():
-    """Over all that training saw, and the samples that `evaluate` judges by."""
+@pytest.mark.parametrize("count", [20_000, pytest.param(train.SAMPLES, marks=pytest.mark.slow)])
+def test_nothing_held_out_is_in_training(count):
+    """Over the beginning, and over all, of what training saw, and the samples that `evaluate` judges by."""
     trained_keys, trained_dialogs = set(), set()
-    for sample in samples("train", train.SAMPLES):
+    further = (drills(train.DRILLS * count // train.SAMPLES), itertools.islice(train.reread(), count))
+    for sample in itertools.chain(samples("train", count), *further):
         trained_keys.update(sample.keys)
         trained_dialogs.add(hash((sample.messages and repr(sample.messages)) or sample.text))
     judged = list(samples("held_out", 5000, evaluate.SEED))
@@ -98,17 +100,18 @@ def test_nothing_held_out_is_in_training():
 
 def test_keys_hold_what_the_texts_say():
     """Read the statements back from the dialogs: each is among the sample's keys, and on the sample's side."""
-    said = re.compile(
-        r"([A-Z][a-z]+) (?:has|bought) an? ([a-z]+) ([a-z]+)\.|([A-Z][a-z]+) left the ([a-z]+) in the ([a-z]+)\."
-    )
+    owned = re.compile(r"([A-Z][a-z]+) (?:has|bought) an? ([a-z]+)\.|The ([a-z]+) belongs to ([A-Z][a-z]+)\.")
+    said = re.compile(r"[Tt]he ([a-z]+) (?:is(?: in the)?|in the) ([a-z]+)\.")
     for split in ("train", "held_out"):
         found = 0
         for sample in samples(split, 1500, seed=3):
             for message in sample.messages:
                 if message["role"] != "user":
                     continue
-                for name, colour, thing, owner, left, place in said.findall(message["content"]):
-                    key = ("text", name, thing, colour) if name else ("text", owner, left, place)
+                found_owners = owned.findall(message["content"])
+                owners = {thing or theirs: name or owner for name, thing, theirs, owner in found_owners}
+                for thing, attribute in said.findall(message["content"]):
+                    key = ("text", owners[thing], thing, attribute)
                     assert key in sample.keys
                     assert held_out(key) == (split == "held_out")
                     found += 1
@@ -171,11 +174,14 @@ def test_faults_change_the_encoding_and_nothing_else_does(tokenizer):
 
 def test_batches_hold_every_sequence_once_and_padding_is_not_learned(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAMPLES", 200)
+    monkeypatch.setattr(train, "DRILLS", 300)
+    monkeypatch.setattr(train, "MORE", 20)
     corpus = train.Corpus(tokenizer, tmp_path / "corpus.pt")
     groups = corpus.grouped(list(range(200)))
     assert len({row for group in groups for row in group}) == sum(map(len, groups)) >= 150  # a rest waits for its epoch
     assert list(itertools.islice(corpus.batches(), 5)) == list(itertools.islice(corpus.batches(), 5))
-    assert all(corpus.is_reading(row, 200) for row in next(corpus.batches(reading=200)))
+    assert {row // 200 for row in next(corpus.batches())} == {0}  # the first 200 are no drills
+    assert min(next(corpus.batches("drill"))) >= 200
     for group in groups[:3]:
         ids, weights = corpus.batch(group, language=False)
         for i, row in enumerate(group):
@@ -233,9 +239,9 @@ def test_golden_stories(llama):
     first, second = llama.text_completion(prompts, temperature=0, max_gen_len=200)
     assert first["finish_reason"] == second["finish_reason"] == "eos"
     assert first["generation"].startswith(
-        ", a clever boy named Paul lived near the museum. He always carried a golden "
+        ", a clever girl named Dora lived near the station. Her favourite thing was a green balloon."
     )
-    assert second["generation"].endswith("The wind had blown it to the garden. At last they found it there. The end.")
+    assert second["generation"].startswith("was very gentle. It lived in the school with its friend Max.")
 
 
 def test_it_is_the_subject_of_the_turn_before(llama):
@@ -256,5 +262,5 @@ def test_accuracy_on_held_out_dialogs(llama):
     assert len(asked) >= 200
     right = evaluate.marks(llama, asked, encode_dialog)
     facts = [mark for mark, problem in zip(right, asked, strict=True) if not problem.kind.startswith("reading")]
-    assert evaluate.share(facts) >= 0.75
-    assert evaluate.share(right) >= 0.55
+    assert evaluate.share(facts) >= 0.93
+    assert evaluate.share(right) >= 0.85

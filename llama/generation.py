@@ -1,7 +1,7 @@
 """`Llama`: a model and its tokenizer, and the one loop that makes text of them.
 
 `stream` is that loop; `generate`, `text_completion`, `chat_completion`, `text_infilling` and `score` drain
-it. This module knows nothing of HTTP, argument parsing or fairscale.
+it. This module knows nothing of HTTP, argument parsing or how ranks share a layer.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ module knows nothing of Llama's layer names or of files.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ ROWS_AT_ONCE = 1024
 FIT_ROUNDS = 4  # of rounding and least squares by turns, each of which can only lower the error
 
 
-class Quantized(nn.Module):
+class Quantized(nn.Module, ABC):
     """A matrix of `rows` x `columns` in small numbers, kept in the tensors named and shaped in `parts`."""
 
     def __init__(self, parts: dict[str, tuple[int, int, torch.dtype]]):
@@ -40,9 +41,9 @@ class Quantized(nn.Module):
         for name, tensors in zip(self.parts, found, strict=True):
             setattr(self, name, torch.cat(tensors))
 
+    @abstractmethod
     def encode(self, weight: Tensor) -> tuple[Tensor, ...]:
         """The `parts` of a float32 matrix, in their order."""
-        raise NotImplementedError
 
     def pack(self) -> None:
         """Take the layout of torch's kernel for this device, where there is one of its own."""

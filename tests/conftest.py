@@ -6,6 +6,8 @@ Nothing here calls the library to compute anything, except `build_model` and `to
 import json
 import os
 import random
+import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -191,3 +193,26 @@ def write_checkpoint(
     if tokenizer_path is not None:
         (folder / "tokenizer.model").write_bytes(Path(tokenizer_path).read_bytes())
     return folder
+
+
+# --- what the library must leave alone -----------------------------------------------------------------------
+
+
+def global_state() -> list:
+    """What a call must leave as it found it: random numbers, defaults, modes, streams, warnings, the process."""
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_num_threads(),
+        sys.stdout,
+        sys.stderr,
+        sys.excepthook,
+        list(warnings.filters),
+        dict(os.environ),
+        os.getcwd(),
+    ]

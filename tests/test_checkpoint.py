@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BASE_PARAMS, random_weights, write_checkpoint
+from conftest import BASE_PARAMS, global_state, random_weights, write_checkpoint
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, device, loading, parallel
 from llama.model import KVCache
@@ -793,24 +793,6 @@ def test_files_in_the_older_format_load_too(folder, tmp_path, tokenizer_path, sh
 
 
 # --- what building leaves alone ----------------------------------------------------------------------------------
-
-
-def global_state() -> list:
-    return [
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-        sys.stdout,
-        sys.stderr,
-        sys.excepthook,
-        list(warnings.filters),
-        dict(os.environ),
-        os.getcwd(),
-    ]
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64])

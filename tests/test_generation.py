@@ -8,13 +8,12 @@ import functools
 import itertools
 import math
 import random
-import sys
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import as_float64, build_model, random_weights, shape_of, write_checkpoint
+from conftest import as_float64, build_model, global_state, random_weights, shape_of, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1028,21 +1027,6 @@ def test_an_error_leaves_the_instance_usable(llama, tokenizer):
 
 
 # --- state -------------------------------------------------------------------------------------------------------
-
-
-def global_state() -> tuple:
-    return (
-        torch.get_rng_state().tolist(),
-        random.getstate(),
-        np.random.get_state()[1].tolist(),
-        torch.get_default_dtype(),
-        torch.get_default_device(),
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.get_num_threads(),
-        sys.stdout,
-        sys.stderr,
-    )
 
 
 def test_calls_leave_global_state_alone(llama):

@@ -144,9 +144,7 @@ def quantized_copy(model: Transformer, kind: str) -> Transformer:
         copy = Transformer(model.params)
     for name, weight in model.state_dict().items():
         place(copy, name, weight, weight.dtype, kind)
-    for module in copy.modules():
-        if isinstance(module, quantize.Quantized):
-            module.pack()
+    quantize.pack(copy)
     copy.cache = model.own_cache()
     return copy.requires_grad_(False).eval()
 

@@ -156,7 +156,7 @@ class Source:
                 )
 
     def cut(self, name: str) -> int | None:
-        return CUT.get(name.split(".")[-2])
+        return CUT.get(checkpoint.module_name(name))
 
     def pieces(self, name: str) -> list[checkpoint.Piece]:
         return [shard[name] for shard in self.checkpoint.shards]

@@ -151,8 +151,7 @@ class Llama:
         **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
         """Continue each text. Arguments and errors as for `generate`."""
-        prompts = parallel.broadcast_object(prompts, self.device)
-        prompt_tokens = self.encode_texts(prompts)
+        prompt_tokens = self.encode_texts(parallel.broadcast_object(prompts, self.device))
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
         request, rows = self.complete(request)
         return [self.prediction(row, row.text, request.logprobs) for row in rows]
@@ -215,9 +214,10 @@ class Llama:
 
     def score(self, texts: Sequence[str]) -> list[Score]:
         """The log-probability of each token of each text, BOS first with 0.0; nothing is generated."""
-        texts = parallel.broadcast_object(texts, self.device)
-        pieces = self.stream(self.encode_texts(texts), 0, temperature=0, logprobs=True, echo=True)
-        return [{"tokens": self.decode_each(row.ids), "logprobs": row.logprobs} for row in drain(pieces, len(texts))]
+        prompt_tokens = self.encode_texts(parallel.broadcast_object(texts, self.device))
+        request = Request(prompt_tokens, 0, temperature=0, top_p=1, logprobs=True, echo=True)
+        rows = self.complete(request)[1]
+        return [{"tokens": self.decode_each(row.ids), "logprobs": row.logprobs} for row in rows]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         if isinstance(texts, str):

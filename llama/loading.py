@@ -20,7 +20,7 @@ from llama import checkpoint, parallel
 from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, free_memory, use_device
 from llama.lora import Adapter
 from llama.model import ModelArgs, Transformer
-from llama.quantize import BYTES, FORMATS, Quantized, install, quantized
+from llama.quantize import BYTES, FORMATS, Quantized, install, pack, quantized
 
 
 def join(model_parallel_size: int | None, device: str | torch.device | None) -> torch.device:
@@ -179,9 +179,7 @@ def fill(
             print(f"\rllama: loading, {count / len(shapes):4.0%}", end="", file=sys.stderr, flush=True)
     if shown and time.perf_counter() - started > 1:
         print(file=sys.stderr)
-    for module in model.modules():
-        if isinstance(module, Quantized):
-            module.pack()
+    pack(model)
     model.requires_grad_(False).eval()
 
 

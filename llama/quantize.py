@@ -108,11 +108,14 @@ class Int4(Quantized):
     def pack(self) -> None:
         if self.int4.device.type != "cpu" or self.int4.shape[0] % 64 or block_width() is None:
             return
-        q = torch.stack((self.int4 & 15, self.int4 >> 4), dim=-1).flatten(1)
         self.width = block_width()
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(self.halves().int(), 1)
         self.scale_and_zero = torch.stack((self.scale.T, self.zero.T), dim=-1).contiguous()  # (K / GROUP, N, 2)
         del self.int4, self.scale, self.zero
+
+    def halves(self) -> Tensor:
+        """q of the matrix that is not packed, (N, K) uint8."""
+        return torch.stack((self.int4 & 15, self.int4 >> 4), dim=-1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), as `F.linear` of the dequantized matrix."""
@@ -124,7 +127,7 @@ class Int4(Quantized):
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.packed is None:
-            q, scale, zero = torch.stack((self.int4 & 15, self.int4 >> 4), dim=-1).flatten(1), self.scale, self.zero
+            q, scale, zero = self.halves(), self.scale, self.zero
         else:
             q, (scale, zero) = unpacked(self.packed, self.width), self.scale_and_zero.transpose(0, 1).unbind(-1)
         groups = q.to(dtype).sub_(8).unflatten(1, (-1, GROUP))
@@ -166,3 +169,10 @@ def install(layer: nn.Module, matrix: Quantized) -> None:
     """Put the matrix in the place of the layer's weight."""
     del layer.weight
     layer.weight = matrix
+
+
+def pack(model: nn.Module) -> None:
+    """Have every quantized matrix of a model take the layout of its kernel."""
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            module.pack()

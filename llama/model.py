@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from llama import parallel
 from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
+COUNTS = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_batch_size", "max_seq_len"]
+OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")
+
 
 @dataclass
 class ModelArgs:
@@ -68,26 +71,11 @@ class ModelArgs:
 
     def check(self) -> None:
         """Raise `ValueError` for sizes that describe no model."""
-        counts = [
-            "dim",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "vocab_size",
-            "multiple_of",
-            "max_batch_size",
-            "max_seq_len",
-        ]
-        for name in counts:
-            value = self.kv_heads if name == "n_kv_heads" else getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a positive integer.")
-        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier"):
-            value = getattr(self, name)
-            if name == "ffn_dim_multiplier" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value!r}; it must be a positive number.")
+        for name, value in vars(self).items():
+            allowed, kind = (int, "integer") if name in COUNTS else (int | float, "number")
+            positive = isinstance(value, allowed) and not isinstance(value, bool) and 0 < value < math.inf
+            if not positive and not (value is None and name in OPTIONAL):
+                raise ValueError(f"{name} is {value!r}; it must be a positive {kind}.")
         if self.dim % self.n_heads or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads of an even dimension.")
         if self.n_heads % self.kv_heads:
@@ -337,10 +325,8 @@ class Transformer(nn.Module):
         super().__init__()
         params.check()
         if parallel.size() not in params.rank_counts():
-            raise ValueError(
-                f"{parallel.size()} ranks cannot share {params.n_heads} heads, {params.kv_heads} key-value heads and a "
-                f"feed-forward size of {params.ffn_hidden_dim}; use one of {params.rank_counts()}."
-            )
+            sizes = f"{params.n_heads} heads, {params.kv_heads} key-value heads, feed-forward {params.ffn_hidden_dim}"
+            raise ValueError(f"{parallel.size()} ranks cannot share {sizes}; use one of {params.rank_counts()}.")
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
@@ -372,49 +358,41 @@ class Transformer(nn.Module):
 
         Raises `ValueError` for more rows or positions than the cache (or, without one, the rotary table) holds.
         """
-        h = self.hidden(tokens, start_pos, positions=positions, cache=cache)
+        start = start_pos if positions is None else positions
+        h = self.hidden(tokens, start, cache)
         if logits_at is not None:
             h = h[torch.arange(h.shape[0], device=h.device), logits_at]  # (B, C)
-        trainable = start_pos is None and positions is None
-        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(start is None and torch.is_grad_enabled()):
             return self.logits(h)
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        start_pos: int | None = None,
-        *,
-        positions: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """What the output layer reads: the normed last hidden states, (B, T, C)."""
-        if start_pos is None and positions is None:
+    def hidden(self, tokens: Tensor, start: int | Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """What the output layer reads: the normed last hidden states, (B, T, C); `start` as for `plan`, or None."""
+        if start is None:
             if cache is not None:
                 raise ValueError("A cache needs to know where the tokens go: give start_pos or positions.")
             return self.run_layers(tokens, self.plan(tokens, 0, None))
         cache = self.own_cache() if cache is None else cache
         cache.ids = []
-        where = start_pos if positions is None else positions
-        length = cache.k.shape[3] if start_pos is None else start_pos + tokens.shape[1]
+        length = start + tokens.shape[1] if isinstance(start, int) else cache.k.shape[3]
         with torch.no_grad():  # what is written to a cache outlives the call: it cannot carry gradients
-            return self.run_layers(tokens, self.plan(tokens, where, cache.narrow(tokens.shape[0], length)))
+            return self.run_layers(tokens, self.plan(tokens, start, cache.narrow(tokens.shape[0], length)))
 
-    def plan(self, tokens: Tensor, positions: int | Tensor, cache: KVCache | None) -> Step:
-        """Angles and mask of one pass; `positions` is a common start or the (B,) start of each row."""
+    def plan(self, tokens: Tensor, start: int | Tensor, cache: KVCache | None) -> Step:
+        """Angles and mask of one pass; `start` is the position of the first token, of all rows or (B,) of each."""
         T, device = tokens.shape[1], tokens.device
         if self.rope[0].device != device:
             self.rope = tuple(table.to(device) for table in self.rope)
         cos, sin = self.rope
-        if isinstance(positions, int):
-            if positions < 0 or positions + T > cos.shape[0]:
-                raise ValueError(f"Positions {positions} to {positions + T - 1} exceed max_seq_len {cos.shape[0]}.")
+        if isinstance(start, int):
+            if start < 0 or start + T > cos.shape[0]:
+                raise ValueError(f"Positions {start} to {start + T - 1} exceed max_seq_len {cos.shape[0]}.")
             mask = None
-            if positions and T > 1:
-                seen = torch.arange(positions + T, device=device)
-                mask = seen <= seen[positions:, None]  # (T, S)
-            cos, sin = cos[positions : positions + T], sin[positions : positions + T]  # (T, D)
-            return Step(cos, sin, mask, positions == 0 and T > 1, positions, cache)
-        at = positions[:, None] + torch.arange(T, device=device)  # (B, T)
+            if start and T > 1:
+                seen = torch.arange(start + T, device=device)
+                mask = seen <= seen[start:, None]  # (T, S)
+            cos, sin = cos[start : start + T], sin[start : start + T]  # (T, D)
+            return Step(cos, sin, mask, start == 0 and T > 1, start, cache)
+        at = start[:, None] + torch.arange(T, device=device)  # (B, T)
         mask = torch.arange(cache.k.shape[3], device=device) <= at[:, None, :, None]  # (B, 1, T, S)
         rows = torch.arange(at.shape[0], device=device)[:, None]
         return Step(cos[at], sin[at], mask, False, (rows, at), cache)

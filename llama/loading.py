@@ -10,7 +10,7 @@ import functools
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -60,10 +60,16 @@ def load(
     dtype = choose_dtype(dtype, stored, device)
     check_memory(args, dtype, device, stored_as or quantize)
     adapter = None if lora is None else Adapter(Path(lora), args.n_layers, args.head_dim)
-    fill(model, source, device, dtype, adapter, quantize)
+    fill(model, share(model, source, adapter), device, dtype, quantize)
     model.own_cache()
     if parallel.world()[0] == 0:
-        report(args, device, dtype, stored, stored_as or quantize, time.perf_counter() - started)
+        weights, cache = (n / 1e6 for n in held(args, dtype.itemsize, stored_as or quantize, parallel.size()))
+        matrices = f" with {stored_as or quantize} matrices" if stored_as or quantize else ""
+        note = "" if dtype == stored else f" (stored as {dtype_name(stored)})"
+        size = f"weights {weights:,.0f} MB and cache {cache:,.0f} MB"
+        ranks = f" on each of {parallel.size()} ranks" if parallel.size() > 1 else ""
+        ready = f"{size}{ranks}, ready in {time.perf_counter() - started:.2f} s"
+        print(f"llama: {device}, {dtype_name(dtype)}{matrices}{note}, {ready}", file=sys.stderr)
     return model
 
 
@@ -97,10 +103,8 @@ def model_args(params: Mapping[str, object], n_words: int, max_seq_len: int, max
 def check_vocabulary(n_words: int, vocab_size: int) -> None:
     """Raise `ValueError` if the tokenizer makes ids for which the model has no row; the other way round is fine."""
     if n_words > vocab_size:
-        raise ValueError(
-            f"The tokenizer has {n_words} ids, but the model only {vocab_size} rows in its embedding; use the "
-            "tokenizer.model that belongs to the checkpoint."
-        )
+        ids = f"{n_words} ids, but the model only {vocab_size} rows in its embedding"
+        raise ValueError(f"The tokenizer has {ids}; use the tokenizer.model that belongs to the checkpoint.")
 
 
 def held(args: ModelArgs, itemsize: int, quantize: str | None, ranks: int) -> tuple[int, int]:
@@ -111,34 +115,33 @@ def held(args: ModelArgs, itemsize: int, quantize: str | None, ranks: int) -> tu
 
 def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> None:
     """Raise `RuntimeError`, naming values that fit, if weights and cache exceed the free memory of this device."""
-    ranks, itemsize = parallel.size(), dtype.itemsize
-    free = free_memory(device)
+    ranks, free = parallel.size(), free_memory(device)
     if free is None:
         return
     if device.type == "cpu":
         free //= parallel.local_world()[1]  # the ranks of a machine share it
-    weights, cache = held(args, itemsize, quantize, ranks)
+    weights, cache = held(args, dtype.itemsize, quantize, ranks)
     if weights + cache <= free:
         return
-    formats = {"": (itemsize, quantize)}
-    formats |= {"dtype='bfloat16'": (2, quantize)} if itemsize > 2 else {}
-    formats |= {} if quantize else {f"quantize='{kind}'": (itemsize, kind) for kind in FORMATS}
+    formats = {"": (dtype.itemsize, quantize)}
+    if dtype.itemsize > 2:
+        formats["dtype='bfloat16'"] = (2, quantize)
+    if quantize is None:
+        formats |= {f"quantize='{kind}'": (dtype.itemsize, kind) for kind in FORMATS}
     fits: list[str] = []
-    for label, (bytes_each, kind) in formats.items():
-        if sum(held(args, bytes_each, kind, ranks)) <= free:
+    for label, form in formats.items():
+        size = held(args, *form, ranks)
+        if sum(size) <= free:
             fits.append(label)
         elif not fits:
-            smaller = smaller_caches(args, *held(args, bytes_each, kind, ranks), free)
-            fits += [f"{label} with {values}" if label else values for values in smaller]
-    more = (n for n in args.rank_counts() if n > ranks and sum(held(args, itemsize, quantize, n)) <= free)
-    enough = next(more, None)
-    if enough and device.type != "cpu":  # ranks on one processor share its memory
+            fits += [" with ".join(filter(None, (label, values))) for values in smaller_caches(args, *size, free)]
+    more = (n for n in args.rank_counts() if n > ranks and sum(held(args, dtype.itemsize, quantize, n)) <= free)
+    if device.type != "cpu" and (enough := next(more, None)):  # ranks on one processor share its memory
         fits.append(f"{enough} processes on as many devices")
-    nothing = "no max_batch_size, max_seq_len, dtype or quantize makes it fit"
-    advice = f"what fits: {', or '.join(fits)}" if fits else nothing
+    what_fits = ", or ".join(fits) or "nothing, whatever max_batch_size, max_seq_len, dtype or quantize"
     raise RuntimeError(
         f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {quantize or dtype_name(dtype)} "
-        f"exceed the {free / 1e9:.2f} GB free for this process on {device}; {advice}."
+        f"exceed the {free / 1e9:.2f} GB free for this process on {device}; what fits: {what_fits}."
     )
 
 
@@ -150,33 +153,26 @@ def smaller_caches(args: ModelArgs, weights: int, cache: int, free: int) -> list
     return fits or [f"max_batch_size=1 with max_seq_len={of_one_row}"] * (of_one_row >= 128)
 
 
-def fill(
-    model: Transformer,
-    source: checkpoint.Checkpoint,
-    device: torch.device,
-    dtype: torch.dtype,
-    adapter: Adapter | None,
-    quantize: str | None,
-) -> None:
-    """Give the meta-device model this rank's share of the weights, one tensor at a time."""
-    args, started = model.params, time.perf_counter()
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    cut = functools.partial(
-        checkpoint.slices,
-        rank=parallel.rank(),
-        size=parallel.size(),
-        vocab_size=args.vocab_size,
-        kv_rows=args.kv_heads * args.head_dim,
-        head_dim=args.head_dim,
-    )
+Tensors = Iterator[tuple[str, Tensor]]
+
+
+def share(model: Transformer, source: checkpoint.Checkpoint, adapter: Adapter | None) -> Tensors:
+    """This rank's part of each tensor that the model expects, changed by the adapter, one at a time."""
+    args, shapes = model.params, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    sizes = {"vocab_size": args.vocab_size, "kv_rows": args.kv_heads * args.head_dim, "head_dim": args.head_dim}
+    cut = functools.partial(checkpoint.slices, rank=parallel.rank(), size=parallel.size(), **sizes)
     tensors = cut(source.shards, shapes, sizes=source.sizes.name, stored_name=source.stored_name)
-    if adapter is not None:
-        tensors = adapter.merge(tensors, cut)
+    return tensors if adapter is None else adapter.merge(tensors, cut)
+
+
+def fill(model: Transformer, tensors: Tensors, device: torch.device, dtype: torch.dtype, quantize: str | None) -> None:
+    """Give the meta-device model its weights, one tensor at a time."""
+    started, expected = time.perf_counter(), len(model.state_dict())
     shown = parallel.world()[0] == 0 and sys.stderr.isatty()
     for count, (name, tensor) in enumerate(tensors, 1):
         place(model, name, tensor.to(device), dtype, quantize)
         if shown and time.perf_counter() - started > 1:
-            print(f"\rllama: loading, {count / len(shapes):4.0%}", end="", file=sys.stderr, flush=True)
+            print(f"\rllama: loading, {count / expected:4.0%}", end="", file=sys.stderr, flush=True)
     if shown and time.perf_counter() - started > 1:
         print(file=sys.stderr)
     pack(model)
@@ -197,30 +193,8 @@ def place(model: Transformer, name: str, tensor: Tensor, dtype: torch.dtype, qua
     module = model.get_submodule(owner)
     if leaf != "weight":  # a part of a matrix that is stored quantized
         setattr(module, leaf, tensor)
-        return
-    matrix = empty_matrix(model, name, quantize)
-    if matrix is None:
+    elif matrix := empty_matrix(model, name, quantize):
+        matrix.quantize(tensor)
+        install(module, matrix)
+    else:
         module.weight = nn.Parameter(tensor.to(dtype))
-        return
-    matrix.quantize(tensor)
-    install(module, matrix)
-
-
-def report(
-    args: ModelArgs,
-    device: torch.device,
-    dtype: torch.dtype,
-    stored: torch.dtype,
-    quantize: str | None,
-    seconds: float,
-) -> None:
-    """One line on standard error: where the model is, in what format, how large, and how long it took."""
-    weights, cache = (n / 1e6 for n in held(args, dtype.itemsize, quantize, parallel.size()))
-    note = "" if dtype == stored else f" (stored as {dtype_name(stored)})"
-    matrices = f" with {quantize} matrices" if quantize else ""
-    ranks = f" on each of {parallel.size()} ranks" if parallel.size() > 1 else ""
-    print(
-        f"llama: {device}, {dtype_name(dtype)}{matrices}{note}, weights {weights:,.0f} MB and cache {cache:,.0f} MB"
-        f"{ranks}, ready in {seconds:.2f} s",
-        file=sys.stderr,
-    )

@@ -7,8 +7,9 @@ it. This module knows nothing of HTTP, argument parsing or how ranks share a lay
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,11 +101,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        top_k: int | None = None,
-        stop: Sequence[str | int] | None = None,
-        seed: int | None = None,
-        n: int = 1,
+        **options: Unpack[Options],
     ) -> Iterator[Piece]:
         """Yield what becomes certain of each row, as `(row, ids, text, logprobs, finish_reason)`.
 
@@ -112,8 +109,8 @@ class Llama:
         begin a stop string waits. Arguments and errors as for `generate`; errors of arguments are raised by the call
         itself, before the first piece.
         """
-        options = {"top_k": top_k, "stop": stop, "seed": seed, "n": n}
-        return self.start(Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options))[1]
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
+        return self.start(request)[1]
 
     def generate(
         self,
@@ -276,13 +273,17 @@ class Llama:
                 output.echo(prompt, self.prompt_scores(scores, at, rows[at], len(prompt)))
             if not budgets[at]:
                 output.finish("length")
-        yield from pieces(outputs, range(len(rows)), rows, request.logprobs)
-        uniforms, ids = None, []
+        uniforms, ids, active = None, [], range(len(rows))
         if request.temperature > 0:
             numbers_of_rows = [row_uniforms(request.seed, row, max(budgets)) for row in rows]
             uniforms = torch.stack(numbers_of_rows).to(self.device)  # (B, steps)
-        for step in range(max(budgets)):
-            active = [at for at, output in enumerate(outputs) if output.finish_reason is None]
+        for step in itertools.count():
+            for at in active:
+                released, text, logprobs = outputs[at].release()
+                if released or text or outputs[at].finish_reason:  # a row with nothing new is silent
+                    given = logprobs if request.logprobs else None
+                    yield Piece(rows[at], released, text, given, outputs[at].finish_reason)
+            active = [at for at in active if outputs[at].finish_reason is None]
             if not active:
                 return
             if step:
@@ -292,7 +293,6 @@ class Llama:
                 outputs[at].add(ids[at], logprobs[at])
                 if step + 1 == budgets[at] and outputs[at].finish_reason is None:
                     outputs[at].finish("length")
-            yield from pieces(outputs, active, rows, request.logprobs)
 
     def prompt_scores(self, scores: Tensor | None, at: int, row: int, length: int) -> list[float]:
         if scores is None:
@@ -317,17 +317,6 @@ class Llama:
             if not fine:
                 row, position = place(index)
                 self.model.own_cache().clear()
-                raise RuntimeError(
-                    f"Row {row}: the logits after position {position} are not finite, computed in "
-                    f"{dtype_name(self.model.norm.weight.dtype)}; try dtype='float32', or check the weights."
-                )
-
-
-def pieces(
-    outputs: Sequence[Completion], places: Iterable[int], rows: Sequence[int], logprobs: bool
-) -> Iterator[Piece]:
-    """What the outputs at `places` of a chunk have to say; a row with nothing new is silent."""
-    for at in places:
-        ids, text, values = outputs[at].release()
-        if ids or text or outputs[at].finish_reason:
-            yield Piece(rows[at], ids, text, values if logprobs else None, outputs[at].finish_reason)
+                computed = f"not finite, computed in {dtype_name(self.model.norm.weight.dtype)}"
+                advice = "try dtype='float32', or check the weights"
+                raise RuntimeError(f"Row {row}: the logits after position {position} are {computed}; {advice}.")

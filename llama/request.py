@@ -16,32 +16,27 @@ from llama.prompts import Message
 FinishReason = Literal["eos", "stop", "length", "refused"]
 
 
-class CompletionPrediction(TypedDict, total=False):
-    """`tokens` (each id decoded alone) and `logprobs`, of equal length, are there with `logprobs=True`.
+class Score(TypedDict, total=False):
+    """`tokens` (each id decoded alone) and `logprobs` are of equal length."""
 
-    `full_text` is there where a hole was filled in: prefix, generation and suffix together.
-    """
+    tokens: list[str]
+    logprobs: list[float]
+
+
+class CompletionPrediction(Score, total=False):
+    """With `tokens` and `logprobs` if `logprobs=True`; `full_text` is a filled hole with its prefix and suffix."""
 
     generation: str
     full_text: str
     finish_reason: FinishReason
-    tokens: list[str]
-    logprobs: list[float]
 
 
-class ChatPrediction(TypedDict, total=False):
-    """As `CompletionPrediction`; `refusal` says which message of a refused dialog holds which tag."""
+class ChatPrediction(Score, total=False):
+    """With `tokens` and `logprobs` likewise; `refusal` says which message of a refused dialog holds which tag."""
 
     generation: Message
     finish_reason: FinishReason
-    tokens: list[str]
-    logprobs: list[float]
     refusal: str
-
-
-class Score(TypedDict):
-    tokens: list[str]
-    logprobs: list[float]
 
 
 class Options(TypedDict, total=False):
@@ -109,10 +104,8 @@ class Request:
             if wrong is not None:
                 raise ValueError(f"Prompt {row} holds {wrong!r}; token ids are integers from 0 to {vocab_size - 1}.")
             if len(prompt) > max_seq_len:
-                raise ValueError(
-                    f"Prompt {row} has {len(prompt)} tokens, more than max_seq_len {max_seq_len}; shorten it, or build "
-                    "with a larger max_seq_len."
-                )
+                advice = "shorten it, or build with a larger max_seq_len"
+                raise ValueError(f"Prompt {row} has {len(prompt)} tokens, over max_seq_len {max_seq_len}; {advice}.")
 
     def repeat(self) -> None:
         """Put each prompt there `n` times: completion j of row i is row i n + j."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.files import describe, listing
+from llama.files import describe, listing, refuse
 
 # The dimension on which Meta's files, and our ranks, cut each matrix; norms are whole everywhere.
 CUT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "tok_embeddings": 1, "output": 0}
@@ -134,9 +134,7 @@ def find_shards(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"ckpt_dir {folder} {what}; give the folder that holds the weights.")
     shards = sorted(folder.glob("consolidated.*.pth"))
     if not shards:
-        raise FileNotFoundError(
-            f"No consolidated.NN.pth in {folder}, nor a Hugging Face model's config.json; it holds {listing(folder)}."
-        )
+        raise FileNotFoundError(f"No consolidated.NN.pth or config.json in {folder}; it holds {listing(folder)}.")
     expected = [f"consolidated.{number:02d}.pth" for number in range(len(shards))]
     missing = sorted(set(expected) - {path.name for path in shards})
     if missing:
@@ -159,15 +157,12 @@ def find_weight_files(folder: Path) -> list[Path]:
             files = sorted({folder / Path(str(file)).name for file in placed.values()})
             missing = [path.name for path in files if not path.is_file()]
             if missing:
-                raise FileNotFoundError(
-                    f"{index} names {', '.join(missing)}, not in {folder}; fetch the missing files."
-                )
+                raise FileNotFoundError(f"{index} names {', '.join(missing)}, not in {folder}; fetch what is missing.")
             return files
         if (folder / name).is_file():
             return [folder / name]
-    raise FileNotFoundError(
-        f"No model.safetensors, pytorch_model.bin or index of several in {folder}; it holds {listing(folder)}."
-    )
+    names = "model.safetensors, pytorch_model.bin or index of several"
+    raise FileNotFoundError(f"No {names} in {folder}; it holds {listing(folder)}.")
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -176,10 +171,8 @@ def find_tokenizer(folder: Path) -> Path:
     A folder with another kind of tokenizer has a vocabulary of its own: what lies one level up is not tried there.
     """
     if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} has a tokenizer.json, which this library does not read; add the tokenizer.model of the same "
-            "model (its base model has one if this one does not), or give its path as tokenizer_path."
-        )
+        unread = f"{folder} has a tokenizer.json, which this library does not read"
+        raise FileNotFoundError(f"{unread}; add the tokenizer.model of its base model, or give its tokenizer_path.")
     for path in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
         if path.is_file():
             return path
@@ -242,23 +235,16 @@ def open_shard(path: Path) -> dict[str, Tensor]:
 
     Raises `ValueError` for a file that is something else, is cut short, or holds more than tensors.
     """
-    found = describe(path)
-    if found:
-        raise ValueError(f"{path} is {found}, not a checkpoint; fetch it again.")
+    refuse(path, "a checkpoint")
     with open(path, "rb") as file:
         zipped = file.read(2) == b"PK"  # torch's format since 1.6; the older one cannot be mapped
     try:
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" in str(error):  # the unpickler names the function or class that it was asked for
-            raise ValueError(
-                f"{path} holds more than tensors (pickled code); it was not run. Use a file of weights from a source "
-                "you trust."
-            ) from None
-        raise ValueError(f"{path} is cut short or not a PyTorch checkpoint; fetch it again.") from None
     except Exception as error:  # what stands where a pickle should makes the unpickler stumble in any way
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
-        raise ValueError(f"{path} is cut short or not a PyTorch checkpoint ({reason}); fetch it again.") from None
+        reason = "cut short or not a PyTorch checkpoint; fetch it again"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # names a function or class
+            reason = "more than tensors: it holds pickled code, which was not run; use one from a source you trust"
+        raise ValueError(f"{path} is {reason}.") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors; give a checkpoint in Meta's layout.")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
@@ -297,12 +283,8 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ImportError(
-            f"{path} needs the safetensors library; install the extra: pip install 'llama[hf]' (or -e '.[hf]' here)."
-        ) from None
-    found = describe(path)
-    if found:
-        raise ValueError(f"{path} is {found}, not a checkpoint; fetch it again.")
+        raise ImportError(f"{path} needs the safetensors library; install it: pip install 'llama[hf]'.") from None
+    refuse(path, "a checkpoint")
     try:
         file = safe_open(path, framework="pt")
         return {name: StoredTensor(file.get_slice(name)) for name in file.keys() if not name.endswith(IGNORED)}  # noqa: SIM118
@@ -335,10 +317,8 @@ def stored_dtype(checkpoint: Checkpoint, convert: bool) -> torch.dtype:
     stored = [(name, tensor.dtype) for name, tensor in tensors if ".weight." not in name]  # that are not quantized
     for name, dtype in stored:
         if dtype not in DTYPES.values():
-            raise ValueError(
-                f"{checkpoint.stored_name(name)} in {checkpoint.folder} is stored as {dtype}; this library reads "
-                f"{', '.join(map(str, DTYPES.values()))}."
-            )
+            readable, name = ", ".join(map(str, DTYPES.values())), checkpoint.stored_name(name)
+            raise ValueError(f"{name} in {checkpoint.folder} is stored as {dtype}; this library reads {readable}.")
     counts = Counter(dtype for _, dtype in stored).most_common()
     if len(counts) > 1 and not convert:
         mixed = " and ".join(f"{count} tensors in {dtype}" for dtype, count in counts)

@@ -34,10 +34,8 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
     index = index if device.index is None else device.index
     count = torch.cuda.device_count()
     if index >= count:
-        raise ValueError(
-            f"GPU {index} was asked for, but this machine has {count}; start at most {count} process"
-            f"{'es' * (count > 1)} a machine, one for each GPU, or pass device='cpu'."
-        )
+        advice = f"start at most {count} process{'es' * (count > 1)} (one for each), or pass device='cpu'"
+        raise ValueError(f"GPU {index} was asked for, but this machine has {count}; {advice}.")
     return torch.device("cuda", index)
 
 

@@ -25,6 +25,13 @@ def describe(path: Path) -> str | None:
     return None
 
 
+def refuse(path: Path, expected: str) -> None:
+    """Raise `ValueError` for a file that is plainly not the `expected` one."""
+    found = describe(path)
+    if found:
+        raise ValueError(f"{path} is {found}, not {expected}; fetch it again.")
+
+
 def listing(folder: Path, limit: int = 8) -> str:
     """The names in a folder, for a message that says what was found instead."""
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())

@@ -62,10 +62,9 @@ def initialize(model_parallel_size: int | None, backend: str | None, device: tor
     _, count = world()
     ranks = count if model_parallel_size is None else model_parallel_size
     if ranks < 1 or count % ranks:
-        raise ValueError(
-            f"model_parallel_size is {ranks}, but this job has {count} process{'es' * (count > 1)}; start it with "
-            f"`torchrun --standalone --nproc_per_node {max(ranks, 1)} ...`, or leave the argument out."
-        )
+        job = f"this job has {count} process{'es' * (count > 1)}"
+        start = f"start it with `torchrun --standalone --nproc_per_node {max(ranks, 1)} ...`"
+        raise ValueError(f"model_parallel_size is {ranks}, but {job}; {start}, or leave the argument out.")
     if fairscale_state.model_parallel_is_initialized():
         if size() != ranks:
             raise ValueError(f"This process already shares models over {size()} ranks; it cannot now use {ranks}.")
@@ -140,10 +139,14 @@ def gather_features(x: Tensor) -> Tensor:
     return torch.cat(shares, dim=-1)
 
 
-def initialize_weight_(weight: Tensor) -> None:
-    """Small normal numbers, for training from scratch; nothing on the meta device, where a checkpoint will follow."""
-    if not weight.is_meta:
-        nn.init.normal_(weight, std=INIT_STD)
+def hold(layer: nn.Module, rows: int, columns: int) -> None:
+    """Give a layer its share of the weights and no bias: small normal numbers, from which training begins.
+
+    On the meta device nothing is drawn, as a checkpoint will follow.
+    """
+    layer.weight, layer.bias = nn.Parameter(torch.empty(rows, columns)), None
+    if not layer.weight.is_meta:
+        nn.init.normal_(layer.weight, std=INIT_STD)
 
 
 def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
@@ -162,9 +165,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
         self.output_size_per_partition = -(-out_features // size())
-        self.weight = nn.Parameter(torch.empty(self.output_size_per_partition, in_features))
-        self.register_parameter("bias", None)
-        initialize_weight_(self.weight)
+        hold(self, self.output_size_per_partition, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / ranks), or (..., out) if gathered."""
@@ -179,9 +180,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
         self.input_size_per_partition = in_features // size()
-        self.weight = nn.Parameter(torch.empty(out_features, self.input_size_per_partition))
-        self.register_parameter("bias", None)
-        initialize_weight_(self.weight)
+        hold(self, out_features, self.input_size_per_partition)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / ranks) -> (..., out)."""
@@ -198,8 +197,7 @@ class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.embedding_dim_per_partition = embedding_dim // size()
-        self.weight = nn.Parameter(torch.empty(num_embeddings, self.embedding_dim_per_partition))
-        initialize_weight_(self.weight)
+        hold(self, num_embeddings, self.embedding_dim_per_partition)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64 -> (B, T, C)."""

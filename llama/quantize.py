@@ -82,9 +82,7 @@ class Int4(Quantized):
 
     def __init__(self, rows: int, columns: int):
         if columns % GROUP:
-            raise ValueError(
-                f"int4 needs rows of a multiple of {GROUP} numbers, not {columns}; use int8 or fewer ranks."
-            )
+            raise ValueError(f"int4 needs rows that {GROUP} divides, not {columns} numbers; use int8 or fewer ranks.")
         of_group = (rows, columns // GROUP, torch.bfloat16)
         super().__init__({"int4": (rows, columns // 2, torch.uint8), "scale": of_group, "zero": of_group})
         for name in ("packed", "scale_and_zero"):

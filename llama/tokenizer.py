@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from llama.files import describe
+from llama.files import refuse
 
 INFILLING_PIECES = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 MARK = "\ue000"  # a private character, in no vocabulary: no piece joins it to the text behind it
@@ -29,15 +29,11 @@ class Tokenizer:
         path = Path(model_path)
         if not path.is_file():
             raise FileNotFoundError(f"No tokenizer at {path}; give tokenizer_path, the checkpoint's tokenizer.model.")
-        found = describe(path)
-        if found:
-            raise ValueError(f"{path} is {found}, not a sentencepiece model; fetch the checkpoint's tokenizer.model.")
+        refuse(path, "a sentencepiece model")
         try:
             self.sp_model = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise ValueError(
-                f"{path} is not a sentencepiece model, or is damaged; fetch the checkpoint's tokenizer.model again."
-            ) from None
+            raise ValueError(f"{path} is not a sentencepiece model, or is damaged; fetch it again.") from None
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()

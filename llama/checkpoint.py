@@ -241,10 +241,10 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # what stands where a pickle should makes the unpickler stumble in any way
-        reason = "cut short or not a PyTorch checkpoint; fetch it again"
+        reason = "is cut short or not a PyTorch checkpoint; fetch it again"
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # names a function or class
-            reason = "more than tensors: it holds pickled code, which was not run; use one from a source you trust"
-        raise ValueError(f"{path} is {reason}.") from None
+            reason = "holds more than tensors (pickled code), which was not run; use one from a source you trust"
+        raise ValueError(f"{path} {reason}.") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors; give a checkpoint in Meta's layout.")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}

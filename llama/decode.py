@@ -21,6 +21,7 @@ from llama.sampling import log_probs
 PREFILL_TOKENS = 2048  # tokens of all rows in one forward pass: bounds the activations of a long prompt
 SHORTEST_PASS = 64  # positions in one forward pass, unless fewer are left: shorter ones cost as much
 SCORED_LOGITS = 2**24  # logits held at once while prompt tokens are scored: 64 MB in float32
+STEPS_AHEAD = 8  # tokens chosen on a device of its own before the host, which then waits for them, reads any
 COMPILATIONS = 10_000  # of one step, for other numbers of rows and other models: none is one too many
 COMPILED = {"default": "default", "cudagraph": "reduce-overhead"}  # by torch's names
 
@@ -31,17 +32,17 @@ def common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
     return next((n for n in range(limit) if held[n] != prompt[n]), limit)
 
 
-Step = Callable[[Tensor, Sequence[int], KVCache], Tensor]
+Step = Callable[[Tensor, Tensor, Sequence[int], KVCache], Tensor]  # of ids (B, 1), positions (B,), lengths after it
 
 
 def eager_step(model: Transformer) -> Step:
     """A step as the model writes it, over the filled part of the cache alone."""
 
-    def step(tokens: Tensor, positions: Sequence[int], cache: KVCache) -> Tensor:
-        cache = cache.narrow(len(positions), max(positions) + 1)
-        if len(set(positions)) == 1:  # no row has to skip a key
-            return model(tokens, positions[0], cache=cache)
-        return model(tokens, positions=torch.tensor(positions, device=tokens.device), cache=cache)
+    def step(tokens: Tensor, positions: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+        cache = cache.narrow(len(lengths), max(lengths))
+        if len(set(lengths)) == 1:  # no row has to skip a key
+            return model(tokens, lengths[0] - 1, cache=cache)
+        return model(tokens, positions=positions, cache=cache)
 
     return step
 
@@ -61,13 +62,13 @@ def compiled_step(model: Transformer, mode: str) -> Step:
     def logits(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         return model.logits(model.run_layers(tokens, model.plan(tokens, positions, cache)))
 
-    def step(tokens: Tensor, positions: Sequence[int], cache: KVCache) -> Tensor:
-        rows, started = len(positions), time.perf_counter()
+    def step(tokens: Tensor, positions: Tensor, lengths: Sequence[int], cache: KVCache) -> Tensor:
+        rows, started = len(lengths), time.perf_counter()
         for tensor in (cache.k, cache.v):
             torch._dynamo.mark_static_address(tensor)  # written in place, so a graph has to know where it stays
         try:
             with torch._dynamo.config.patch(recompile_limit=COMPILATIONS) if rows not in seen else nullcontext():
-                result = logits(tokens, torch.tensor(positions, device=tokens.device), cache)
+                result = logits(tokens, positions, cache)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"torch cannot compile the model here ({reason}); leave compile out.") from None
@@ -80,19 +81,29 @@ def compiled_step(model: Transformer, mode: str) -> Step:
     return step
 
 
+def steps_ahead(device: torch.device) -> int:
+    """How many tokens to choose before reading any: on a CPU, reading waits for nothing."""
+    return 1 if device.type == "cpu" else STEPS_AHEAD
+
+
 class Batch:
     """Some rows in a model's cache, each with its own length.
 
     The longest prompt has the first place in the cache and equal prompts come last: so any pass over the prompts is
     one over the first places, and a prompt that is there several times is computed once. Prompts are padded on the
     right and run causally; padding comes after a row's last token, so no token sees it, and the row's next tokens take
-    its place in the cache. `held` is the ids whose keys the cache holds, place by place.
+    its place in the cache.
+
+    `held` is the ids whose keys the cache holds, place by place. `last` and `at`, on the device, are the last id of
+    each place and its position: steps need nothing that the host would have to wait for or send. What they were fed is
+    noted in `held` by `settle`, which a caller may put off for `ahead` steps.
     """
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], step: Step | None = None):
         self.model, self.advance = model, step or eager_step(model)
         self.cache = model.own_cache()
         self.device = self.cache.k.device
+        self.ahead = steps_ahead(self.device)
         first: dict[tuple[int, ...], int] = {}
         for row, prompt in enumerate(prompts):
             first.setdefault(tuple(prompt), row)
@@ -103,9 +114,12 @@ class Batch:
         self.sources = [self.places[first[tuple(prompt)]] for prompt in self.prompts]  # whose keys each place has
         self.different = len(different)
         self.held: list[list[int]] = []
-
-    def length(self, row: int) -> int:
-        return len(self.held[self.places[row]])
+        self.fed: list[tuple[Tensor, list[bool]]] = []
+        self.lengths, self.grows = [len(prompt) for prompt in self.prompts], [True] * len(prompts)
+        ends = [[prompt[-1], len(prompt) - 1] for prompt in self.prompts]
+        self.last, self.at = torch.tensor(ends, device=self.device).unbind(1)
+        self.order = torch.tensor([self.rows, self.places], device=self.device)
+        self.growing = torch.tensor(self.grows, device=self.device)
 
     @torch.no_grad()
     def prefill(self, score: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -156,20 +170,27 @@ class Batch:
             scores[: h.shape[0], at + 1 : upto + 1] = log_probs(logits, tokens[:, at + 1 : upto + 1])
 
     @torch.no_grad()
-    def step(self, ids: Sequence[int | None]) -> Tensor:
-        """Feed one more id to each row; return the logits (B, V) after it.
+    def step(self, ids: Tensor, going: Sequence[bool]) -> Tensor:
+        """Feed one more id, of `ids` (B,), to each row that is `going`; return the logits (B, V) after it.
 
-        A row without one (None) is finished: it is fed its last id at its last position again, which changes nothing.
-        Raises `RuntimeError` if another call has used the cache since the last step.
+        Another row is fed its last id at its last position again, which changes nothing. Raises `RuntimeError` if
+        another call has used the cache since the last step.
         """
         if self.cache.ids is not self.held:
             raise RuntimeError("Another call has used the model's cache since; an interrupted stream cannot go on.")
-        fed = [ids[row] for row in self.rows]
-        positions = [len(held) - (id is None) for held, id in zip(self.held, fed, strict=True)]
-        tokens = [[held[-1] if id is None else id] for held, id in zip(self.held, fed, strict=True)]
-        cache = self.cache.narrow(len(fed), self.cache.k.shape[3])
-        logits = self.advance(torch.tensor(tokens, device=self.device), positions, cache)
-        for held, id in zip(self.held, fed, strict=True):
-            if id is not None:
-                held.append(id)
-        return logits[self.places, 0]
+        rows, places = self.order
+        grows = [going[row] for row in self.rows]
+        if grows != self.grows:
+            self.grows, self.growing = grows, torch.tensor(grows, device=self.device)
+        self.last, self.at = torch.where(self.growing, ids[rows], self.last), self.at + self.growing
+        self.lengths = [length + grow for length, grow in zip(self.lengths, grows, strict=True)]
+        self.fed.append((self.last, grows))
+        cache = self.cache.narrow(len(grows), self.cache.k.shape[3])
+        return self.advance(self.last[:, None], self.at, self.lengths, cache)[places, 0]
+
+    def settle(self) -> None:
+        """Note in `held` what has been fed."""
+        for ids, grows in self.fed:
+            for held, id, grow in zip(self.held, ids.tolist(), grows, strict=True):
+                held.extend([id] * grow)
+        self.fed = []

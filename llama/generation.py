@@ -7,9 +7,8 @@ it. This module knows nothing of HTTP, argument parsing or how ranks share a lay
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -109,7 +108,7 @@ class Llama:
         begin a stop string waits. Arguments and errors as for `generate`; errors of arguments are raised by the call
         itself, before the first piece.
         """
-        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, streamed=True, **options)
         return self.start(request)[1]
 
     def generate(
@@ -273,11 +272,11 @@ class Llama:
                 output.echo(prompt, self.prompt_scores(scores, at, rows[at], len(prompt)))
             if not budgets[at]:
                 output.finish("length")
-        uniforms, ids, active = None, [], range(len(rows))
+        active, begin, ids, uniforms = list(range(len(rows))), 0, None, [None] * max(budgets)
         if request.temperature > 0:
             numbers_of_rows = [row_uniforms(request.seed, row, max(budgets)) for row in rows]
-            uniforms = torch.stack(numbers_of_rows).to(self.device)  # (B, steps)
-        for step in itertools.count():
+            uniforms = torch.stack(numbers_of_rows).to(self.device).unbind(1)  # (B,) for each step
+        while True:
             for at in active:
                 released, text, logprobs = outputs[at].release()
                 if released or text or outputs[at].finish_reason:  # a row with nothing new is silent
@@ -286,37 +285,45 @@ class Llama:
             active = [at for at in active if outputs[at].finish_reason is None]
             if not active:
                 return
-            if step:
-                logits = batch.step([id if at in active else None for at, id in enumerate(ids)])
-            ids, logprobs = self.choose(logits, request, None if uniforms is None else uniforms[:, step], batch, rows)
-            for at in active:
-                outputs[at].add(ids[at], logprobs[at])
-                if step + 1 == budgets[at] and outputs[at].finish_reason is None:
-                    outputs[at].finish("length")
+            going = [output.finish_reason is None for output in outputs]
+            ahead = 1 if request.stop or request.streamed else batch.ahead
+            steps, chosen = range(begin, min(begin + ahead, *(budgets[at] for at in active))), []
+            for step in steps:
+                logits = batch.step(ids, going) if step else logits
+                ids, finite, logprobs = self.choose(logits, request, uniforms[step])
+                chosen.append((ids, finite, logprobs))
+            batch.settle()
+            for step, tensors in zip(steps, chosen, strict=True):
+                values = list(zip(*(tensor.tolist() for tensor in tensors), strict=True))
+                for at in (at for at in active if outputs[at].finish_reason is None):
+                    id, finite, logprob = values[at]
+                    self.require_finite(finite, rows[at], len(prompts[at]) + step - 1)
+                    outputs[at].add(id, logprob)
+                    if step + 1 == budgets[at] and outputs[at].finish_reason is None:
+                        outputs[at].finish("length")
+            begin = steps.stop
 
     def prompt_scores(self, scores: Tensor | None, at: int, row: int, length: int) -> list[float]:
         if scores is None:
             return [0.0] * length
-        self.require_finite(scores[at, :length].isfinite().tolist(), lambda position: (row, position - 1))
+        for position, finite in enumerate(scores[at, :length].isfinite().tolist()):
+            self.require_finite(finite, row, position - 1)
         return scores[at, :length].tolist()
 
     @torch.no_grad()
-    def choose(
-        self, logits: Tensor, request: Request, uniforms: Tensor | None, batch: Batch, rows: Sequence[int]
-    ) -> tuple[list[int], list[float]]:
-        """The next id of each row, the first rank's choice on all ranks, and its log-probability if asked."""
+    def choose(self, logits: Tensor, request: Request, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's next id, the first rank's on all ranks, whether its logits are finite, and the log-probability.
+
+        Nothing here waits for the device.
+        """
         known = logits[:, : self.tokenizer.n_words]  # rows beyond the tokenizer have no text: never chosen
         ids = parallel.broadcast(sample(known, uniforms, request.temperature, request.top_p, request.top_k))
-        chosen, finite = torch.stack((ids, logits.isfinite().all(-1))).tolist()
-        self.require_finite(finite, lambda at: (rows[at], batch.length(at) - 1))
-        return chosen, log_probs(logits, ids).tolist() if request.logprobs else [0.0] * len(chosen)
+        logprobs = log_probs(logits, ids) if request.logprobs else torch.zeros_like(logits[:, 0])
+        return ids, logits.isfinite().all(-1), logprobs
 
-    def require_finite(self, finite: Sequence[bool], place: Callable[[int], tuple[int, int]]) -> None:
-        """Raise `RuntimeError` for the first entry that is not finite; `place` gives its row and position."""
-        for index, fine in enumerate(finite):
-            if not fine:
-                row, position = place(index)
-                self.model.own_cache().clear()
-                computed = f"not finite, computed in {dtype_name(self.model.norm.weight.dtype)}"
-                advice = "try dtype='float32', or check the weights"
-                raise RuntimeError(f"Row {row}: the logits after position {position} are {computed}; {advice}.")
+    def require_finite(self, finite: bool, row: int, position: int) -> None:
+        if not finite:
+            self.model.own_cache().clear()
+            computed = f"not finite, computed in {dtype_name(self.model.norm.weight.dtype)}"
+            advice = "try dtype='float32', or check the weights"
+            raise RuntimeError(f"Row {row}: the logits after position {position} are {computed}; {advice}.")

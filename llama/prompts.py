@@ -110,8 +110,8 @@ def encode_infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     """
     pre, suf, mid = tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id
     if None in (pre, suf, mid, tokenizer.eot_id):
-        fitting = "Code Llama 7B or 13B, base or Instruct, with its tokenizer.model"
-        raise ValueError(f"This tokenizer lacks pieces for infilling ({', '.join(INFILLING_PIECES)}); use {fitting}.")
+        pieces, fitting = ", ".join(INFILLING_PIECES), "Code Llama 7B or 13B, base or Instruct"
+        raise ValueError(f"This tokenizer lacks the pieces for infilling ({pieces}); use {fitting}, with its own.")
     before = tokenizer.encode(prefix, bos=False, eos=False)
     after = tokenizer.encode(suffix, bos=False, eos=False, inner=True)
     if suffix_first:

@@ -82,6 +82,7 @@ class Request:
     n: int = 1  # completions of each prompt
     rows: Sequence[int] | None = None  # the caller's index of each prompt; None: 0, 1, 2, ...
     infilling: bool = False  # the output goes on inside a text, until EOT
+    streamed: bool = False  # each token is wanted at once
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """Raise `ValueError` for the first argument that is out of its range, or prompt that does not fit."""

@@ -5,6 +5,8 @@ import torch
 from conftest import random_weights, write_checkpoint
 
 from llama import Llama, ModelArgs, Transformer
+from llama.decode import Batch
+from llama.request import Request
 
 pytestmark = pytest.mark.cuda
 
@@ -66,3 +68,37 @@ def test_build_chooses_the_gpu_and_holds_no_more_than_it_says(tmp_path, tokenize
     weights, cache = llama.model.params.memory(llama.model.norm.weight.dtype.itemsize)
     assert torch.cuda.memory_allocated() - before < weights + cache + 2**20
     assert llama.text_completion(["a b"], temperature=0, max_gen_len=4)[0]["finish_reason"]
+
+
+def test_steps_wait_for_nothing(models, tokenizer):
+    """What is fed next never leaves the GPU: a run of steps is queued without the host waiting for any."""
+    llama = Llama(models[1], tokenizer)
+    batch = Batch(llama.model, [[1, 5, 9], [1, 400, 17, 230, 8]], llama.step)
+    request = Request([], None, 0.8, 0.9, True, False)
+    uniforms, going = torch.rand(2, device="cuda"), [True, True]
+    ids = llama.choose(batch.prefill()[0], request, uniforms)[0]
+    batch.step(ids, going)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            ids, _, _ = llama.choose(batch.step(ids, going), request, uniforms)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", ["default", "cudagraph"])
+def test_compiled_steps_choose_the_same_ids(models, tokenizer, mode):
+    prompts = [[1, 5, 9], [1, 400, 17, 230, 8], [1]]
+    expected = Llama(models[1], tokenizer).generate(prompts, 20, temperature=0)
+    assert Llama(models[1], tokenizer, compile=mode).generate(prompts, 20, temperature=0) == expected
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_quantized_logits_agree(tmp_path, tokenizer_path, kind, dtype):
+    write_checkpoint(tmp_path, ARGS, random_weights(ARGS), tokenizer_path)
+    tokens = torch.randint(0, 1000, (2, 12))
+    options = {"max_seq_len": 32, "max_batch_size": 2, "quantize": kind}
+    expected = Llama.build(tmp_path, device="cpu", dtype="float32", **options).model(tokens, 0)
+    logits = Llama.build(tmp_path, dtype=dtype, **options).model(tokens.cuda(), 0).cpu()
+    torch.testing.assert_close(logits, expected, atol=0.05, rtol=0.05)

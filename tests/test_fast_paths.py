@@ -49,6 +49,11 @@ def alone(model, ids: list[int]) -> torch.Tensor:
     return model(torch.tensor([ids])).detach()[0, -1]
 
 
+def feed(batch: Batch, ids: list[int | None]) -> torch.Tensor:
+    """One more id to each row that has one."""
+    return batch.step(torch.tensor([0 if id is None else id for id in ids]), [id is not None for id in ids])
+
+
 # --- ragged prompts ----------------------------------------------------------------------------------------------
 
 
@@ -68,7 +73,7 @@ def test_ragged_rows_equal_rows_alone(model, passes, monkeypatch, lengths, at_on
     steps = [[7, 8, 9, 10], [11, None, 12, None], [None, 13, 14, 15]]
     for step in steps:
         fed = step[: len(prompts)]
-        logits = batch.step(fed)
+        logits = feed(batch, fed)
         for row, id in enumerate(fed):
             prompts[row] = prompts[row] + ([] if id is None else [id])
             torch.testing.assert_close(logits[row], alone(model, prompts[row]), atol=2e-4, rtol=0)
@@ -93,7 +98,7 @@ def test_equal_prompts_are_computed_once(model, passes):
     assert max(rows for rows, _ in passes) == 2
     for row, ids in enumerate(prompts):
         torch.testing.assert_close(logits[row], alone(model, ids), atol=2e-4, rtol=0)
-    logits = batch.step([5, 6, 7, 8, 9])  # each goes its own way
+    logits = feed(batch, [5, 6, 7, 8, 9])  # each goes its own way
     for row, ids in enumerate(prompts):
         torch.testing.assert_close(logits[row], alone(model, [*ids, 5 + row]), atol=2e-4, rtol=0)
 
@@ -108,6 +113,49 @@ def test_numbers_that_are_not_finite_leave_the_next_call_alone(model, tokenizer)
         llama.generate([[*ids, 200], [1, 5, 200]], 5, temperature=0)
     weight[200] = kept
     assert llama.generate([ids], 5, temperature=0) == expected
+
+
+# --- several steps between looks at what was chosen ---------------------------------------------------------------
+
+
+@pytest.fixture
+def settled(monkeypatch) -> list[int]:
+    """How many steps each look noted."""
+    counts, settle = [], Batch.settle
+
+    def counted(batch):
+        counts.append(len(batch.fed))
+        settle(batch)
+
+    monkeypatch.setattr(Batch, "settle", counted)
+    return counts
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9, "seed": 3}, {"temperature": 0, "n": 2}])
+@pytest.mark.parametrize("ahead", [3, 50])
+def test_looking_seldom_changes_nothing(llama, settled, monkeypatch, options, ahead):
+    """Rows end at different steps: by EOS in the middle, by their own room; what follows EOS is not returned."""
+    prompts = [prompt(6), prompt(CONTEXT - 7), prompt(11), prompt(CONTEXT), prompt(6)]
+    (greedy,), _ = llama.generate([prompts[0]], 30, 0)
+    monkeypatch.setattr(llama.tokenizer, "eos_id", greedy[4])
+    expected = llama.generate(prompts, 30, logprobs=True, **options)
+    again = llama.generate([greedy[:20], prompts[1]], 4, 0)
+    del settled[:]
+    monkeypatch.setattr(decode, "steps_ahead", lambda device: ahead)
+    llama.model.own_cache().clear()
+    ids, logprobs = llama.generate(prompts, 30, logprobs=True, **options)
+    assert max(settled) > 2
+    assert ids == expected[0]
+    for row, values in enumerate(logprobs):
+        torch.testing.assert_close(values, expected[1][row], atol=1e-5, rtol=0)
+    assert llama.generate([greedy[:20], prompts[1]], 4, 0) == again  # the cache says what it holds
+
+
+def test_streams_and_stop_strings_look_at_every_token(llama, settled, monkeypatch):
+    monkeypatch.setattr(decode, "steps_ahead", lambda device: 8)
+    list(llama.stream([prompt(6)], 12, 0))
+    llama.generate([prompt(6)], 12, 0, stop=["never"])
+    assert max(settled) == 1
 
 
 # --- n completions of a prompt -----------------------------------------------------------------------------------

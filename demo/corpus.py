@@ -654,8 +654,14 @@ def framed(text: str, question: str, rng: random.Random) -> str:
     )
 
 
-def reading_episode(chat: Chat, turns: int) -> None:
-    """A text about one to four things; later turns ask on, about "it" or about another thing."""
+Maker = Callable[[Item, bool, random.Random], Question]
+
+
+def reading_episode(chat: Chat, turns: int, often: tuple[Maker, ...] = ()) -> None:
+    """A text about one to four things; later turns ask on, about "it" or about another thing.
+
+    What `often` holds is asked that much more often than the rest.
+    """
     rng = chat.rng
     with_place = rng.random() < 0.6
     if len(chat.taken) > 24:  # a long dialog has used too many words for another text
@@ -672,6 +678,7 @@ def reading_episode(chat: Chat, turns: int) -> None:
         item = item if it else rng.choice(items)
         absent = not it and rng.random() < 0.15
         makers = (ask_colour, ask_owner, ask_whether, *([] if it else [ask_thing]), *([ask_place] * 2 * with_place))
+        makers += often
         kind, question, answer = ask_absent(chat) if absent else rng.choice(makers)(item, it, rng)
         if (kind, item) in asked:  # its answer has been given
             continue
@@ -783,7 +790,57 @@ def said_again(rng: random.Random) -> Sample:
     return Sample("drill", (), f"{first}{mark} {f'{mark} '.join(groups)}.", (), len(first) + 1)
 
 
-def retelling(chat: Chat, items: list[Item], makers: list[Callable[[Item, bool, random.Random], Question]]) -> Sample:
+TURNS = (
+    ("{name} {thing}.", "{thing} {name}."),
+    ("{name} has {one}.", "The {thing} belongs to {name}."),
+    ("{name} bought {one}.", "The {thing} belongs to {name}."),
+    ("{name} has {one}.", "Who has the {thing}? {name}."),
+    ("{name} has {amount} {thing}.", "Who has the {thing}? {name}."),
+    ("{name} has {amount} {thing}.", "Who has {amount} {thing}? {name}."),
+)
+
+
+def turned_round(rng: random.Random) -> Sample:
+    """Pairs, then each the other way round: "Tom has a hat. Mia has a kite. Who has the kite? Mia. Who has the..."."""
+    (first, second), count = rng.choice(TURNS), rng.randint(2, 5)
+    things = rng.sample(COUNTABLES if "amount" in first else OBJECTS, count)
+    told, asked = [], []
+    for name, thing in zip(rng.sample(NAMES, count), things, strict=True):
+        amount = rng.choice([n for n in range(2, 21) if on_side(("text", name, thing, str(n)), "train")])
+        words = {"name": name, "thing": thing, "one": article(thing), "amount": amount}
+        told.append(first.format(**words))
+        asked.append(second.format(**words))
+    rng.shuffle(asked)
+    text = " ".join(told)
+    return Sample("turned", (), " ".join((text, *asked)), (), len(text))
+
+
+def owners(count: int, seed: int = 1) -> Iterator[Sample]:
+    """For training: pairs turned round, and dialogs that ask most often whose a thing is."""
+    rng = random.Random(f"owners {seed}")
+    for _ in range(count):
+        yield (turned_round(rng) if rng.random() < 0.4 else read_again(rng, (ask_owner,) * 6))._replace(kind="owners")
+
+
+def practice(count: int, seed: int = 1) -> Iterator[Sample]:
+    """Dialogs about one text each, for training: most questions compare what it says, or ask who has how many."""
+    rng = random.Random(f"practice {seed}")
+    for _ in range(count):
+        yield read_again(rng, (ask_whether,) * 8 + (ask_owner,) * 2)._replace(kind="practice")
+
+
+def read_again(rng: random.Random, often: tuple[Maker, ...]) -> Sample:
+    """A dialog about one text, for training."""
+    system, shape = rng.choice(SYSTEMS)
+    chat, turns = Chat(rng, "train", system, shape), rng.randint(1, 5)
+    if rng.random() < 0.35:
+        amounts_episode(chat, turns)
+    else:
+        reading_episode(chat, turns, often)
+    return finished(chat)
+
+
+def retelling(chat: Chat, items: list[Item], makers: list[Maker]) -> Sample:
     rng = chat.rng
     told = [maker(item, False, rng)[2].sentence for item in items for maker in makers]
     rng.shuffle(told)
@@ -827,9 +884,13 @@ def dialog_sample(rng: random.Random, split: str, at_least: int = 1) -> Sample:
     while chat.turn <= target:
         episode = rng.choices([episode for episode, _ in EPISODES], [weight for _, weight in EPISODES])[0]
         episode(chat, rng.randint(1, min(5, target - chat.turn + 1)))
-    if system is not None:
-        chat.messages.insert(0, {"role": "system", "content": system})
-    return Sample(chat.kind, tuple(chat.messages), "", tuple(chat.keys))
+    return finished(chat)
+
+
+def finished(chat: Chat) -> Sample:
+    """The dialog as it stands, its system text first."""
+    system = [] if chat.system is None else [{"role": "system", "content": chat.system}]
+    return Sample(chat.kind, (*system, *chat.messages), "", tuple(chat.keys))
 
 
 def samples(split: str, count: int, seed: int = 1) -> Iterator[Sample]:

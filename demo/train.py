@@ -32,7 +32,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
-from demo.corpus import Sample, drills, samples
+from demo.corpus import Sample, drills, owners, practice, samples
 from llama.model import ModelArgs, Transformer
 from llama.prompts import E_INST, format_dialog
 from llama.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ from llama.tokenizer import Tokenizer
 DEMO = Path(__file__).parent
 RUN = DEMO / "run"  # caches and snapshots; not part of the repository
 
-SAMPLES, DRILLS, MORE = 190_000, 100_000, 30_000
+SAMPLES, DRILLS, MORE, PRACTICE, OWNERS = 190_000, 100_000, 30_000, 40_000, 40_000
 VOCABULARY = 2560
 PARAMS = {
     "dim": 256,
@@ -59,10 +59,16 @@ MUON_RATE, ADAM_RATE = 0.012, 3e-3
 QUESTION_STRIDE = 10  # of what the user says, every tenth token is learned; of answers and stories, all
 LANGUAGE_STEPS = 300  # in which all learned tokens weigh alike; afterwards an answer's token weighs most:
 STORY_WEIGHT, QUESTION_WEIGHT = 0.3, 0.2
-DRILLED, REREAD = range(1400, 3750), range(4150, 4550)  # steps; see `schedule`
+SCHEDULE = {  # steps in which two batches of three are of that part of the corpus; see `schedule`
+    "drill": range(1400, 3750),
+    "reread": range(4150, 4550),
+    "practice": range(4550, 5550),
+    "owners": range(5550, 6250),
+}
+LEGS = (4550, 5550, 6350)  # the steps at which the learning rate has fallen to zero
 REREAD_LENGTH = 160  # of the longest dialog then read again, in tokens
 
-PARTS = ("everything", "drill", "reread")  # of the corpus
+PARTS = ("everything", *SCHEDULE)  # of the corpus
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text to ids
@@ -144,7 +150,9 @@ class Corpus:
     @staticmethod
     def build(tokenizer: Tokenizer, cache: Path) -> None:
         ids, counts, offsets, part = array.array("h"), bytearray(), array.array("q", [0]), bytearray()
-        for sample in itertools.chain(samples("train", SAMPLES), drills(DRILLS), reread()):
+        for sample in itertools.chain(
+            samples("train", SAMPLES), drills(DRILLS), reread(), practice(PRACTICE), owners(OWNERS)
+        ):
             sequence, weights = encode(tokenizer, sample)
             if len(sequence) <= (REREAD_LENGTH if sample.kind == "reread" else TRAINED_LENGTH):
                 ids.extend(sequence)
@@ -246,8 +254,12 @@ def optimizers(model: Transformer) -> list[torch.optim.Optimizer]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Share of the full rate: up over the first 100 steps, down to a bit less than a half, in the end to zero."""
-    return min((step + 1) / 100, max(1 - step / 3000, 0.45), (steps - step) / 1000)
+    """Share of the full rate: up over the first 100 steps, down to a bit less than a half, to zero where a leg ends.
+
+    The next leg begins again at a bit less than a half.
+    """
+    end = min(steps, next(leg for leg in LEGS if leg > step))
+    return min((step + 1) / 100, max(1 - step / 3000, 0.45), (end - step) / 1000)
 
 
 def loss_of(model: Transformer, ids: Tensor, weights: Tensor) -> Tensor:
@@ -392,7 +404,7 @@ def schedule(corpus: Corpus, done: int, steps: int) -> Iterator[list[int]]:
 
 
 def part_of(step: int) -> str:
-    return "drill" if step in DRILLED else "reread" if step in REREAD else "everything"
+    return next((part for part, steps in SCHEDULE.items() if step in steps), "everything")
 
 
 def reread() -> Iterator[Sample]:
@@ -414,7 +426,7 @@ def export(folder: Path = DEMO) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model and write its checkpoint beside this script.")
-    parser.add_argument("--steps", type=int, default=4550)
+    parser.add_argument("--steps", type=int, default=LEGS[-1])
     parser.add_argument("--export-only", action="store_true", help="write the checkpoint from the last snapshot")
     options = parser.parse_args()
     if not options.export_only:

@@ -208,7 +208,7 @@ def test_arguments_are_checked_as_elsewhere(code_tokenizer):
     llama = saying(code_tokenizer, [MID, EOT], max_seq_len=8)
     with pytest.raises(ValueError, match="stop is 'x'"):
         llama.text_infilling(["a"], ["b"], stop="x")
-    with pytest.raises(ValueError, match=r"Prompt 1 has \d+ tokens, more than max_seq_len 8"):
+    with pytest.raises(ValueError, match=r"Prompt 1 has \d+ tokens, over max_seq_len 8"):
         llama.text_infilling(["a", "a " * 20], ["b", "b"])
 
 

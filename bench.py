@@ -7,20 +7,23 @@
 
 Decoding reads every weight once for each token, so memory bandwidth bounds it; a prompt is bound by matrix products.
 Both limits are measured in the same run, and each figure stands beside its share of the limit. Engines take turns,
-and every figure is the median of its turns. The last line printed is the whole result as JSON.
+and every figure is the median of its turns. Ranks that share a model also count the collectives of a step, and the
+share of it that they take. The last line printed is the whole result as JSON.
 """
 
+import contextlib
 import json
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 
 import fire
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama import Llama, ModelArgs, Transformer, parallel, quantize
@@ -29,6 +32,7 @@ from llama.device import choose_device, choose_dtype, collective_backend, dtype_
 from llama.loading import place
 
 DEMO = Path(__file__).parent / "demo"
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
 FORMATS = ("plain", "compiled", *quantize.FORMATS)
 RAGGED = (8, 64, 256, 512)  # tokens of each prompt
 SHAPES = {
@@ -132,10 +136,11 @@ class Ours:
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         self.model.own_cache().ids = []  # nothing is reused
         self.batch = Batch(self.model, prompts, self.advance)
-        return self.batch.prefill()[0].argmax(-1)
+        return parallel.broadcast(self.batch.prefill()[0].argmax(-1))
 
     def step(self, ids: Tensor) -> Tensor:
-        return self.batch.step(ids, [True] * len(ids)).argmax(-1)
+        ids = self.batch.step(ids, [True] * len(ids)).argmax(-1)
+        return parallel.broadcast(ids)  # as a generator's ranks agree on a token
 
 
 def quantized_copy(model: Transformer, kind: str) -> Transformer:
@@ -290,8 +295,50 @@ def measure(engines: dict, model: Transformer, lengths: tuple[int, ...], steps: 
         {"engine": name, "prompts": lengths, "first_token_s": statistics.median(prefill),
          "step_s": statistics.median(decode), "prefill_bytes": peaks[name]}
         | work_of(engines[name].model, model, lengths)
+        | collectives_of(name, engines[name], prompts, steps, device)
         for name, (prefill, decode) in times.items()
     ]  # fmt: skip
+
+
+def collectives_of(name: str, engine, prompts: list[list[int]], steps: int, device: torch.device) -> dict:
+    """Calls a token of each collective, and the share of a step inside them, in steps of their own after the timed.
+
+    Waiting for a slower rank counts. Nothing with one rank, for a compiled step, which holds its collectives itself,
+    nor on a GPU, where a call returns before its work is done.
+    """
+    if parallel.size() == 1 or device.type != "cpu" or name.endswith("compiled"):
+        return {}
+    ids = engine.prefill(prompts)
+    with counted_collectives() as (calls, spent):
+        started = time.perf_counter()
+        for _ in range(steps):
+            ids = engine.step(ids)
+        whole = time.perf_counter() - started
+    return {"collectives": {kind: count / steps for kind, count in calls.items()} | {"share": sum(spent) / whole}}
+
+
+@contextlib.contextmanager
+def counted_collectives() -> Iterator[tuple[dict[str, int], list[float]]]:
+    """Count the calls of torch's collectives by kind, and the seconds each took, for as long as this lasts."""
+    plain, calls, spent = {kind: getattr(dist, kind) for kind in COLLECTIVES}, dict.fromkeys(COLLECTIVES, 0), []
+
+    def counted(kind: str) -> Callable:
+        def collective(*args, **options):
+            started = time.perf_counter()
+            result = plain[kind](*args, **options)
+            calls[kind] += 1
+            spent.append(time.perf_counter() - started)
+            return result
+
+        return collective
+
+    try:
+        for kind in COLLECTIVES:
+            setattr(dist, kind, counted(kind))
+        yield calls, spent
+    finally:
+        for kind, collective in plain.items():
+            setattr(dist, kind, collective)
 
 
 def work_of(engine: nn.Module, model: Transformer, lengths: tuple[int, ...]) -> dict[str, float]:
@@ -307,7 +354,7 @@ def work_of(engine: nn.Module, model: Transformer, lengths: tuple[int, ...]) -> 
 
 
 def print_table(results: list[dict], limits: dict[str, float], model: Transformer) -> None:
-    args = model.params
+    args, shared = model.params, any("collectives" in r for r in results)
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads x {parallel.size()} ranks, "
         f"{model.norm.weight.device}, {dtype_name(model.norm.weight.dtype)}, "
@@ -315,7 +362,7 @@ def print_table(results: list[dict], limits: dict[str, float], model: Transforme
         f"limits: read {limits['read'] / 1e9:.1f} GB/s, matrix {limits['matrix'] / 1e12:.3f} TFLOP/s\n"
     )
     columns = ("engine", "rows", "prompt", "first token, ms", "prefill, tokens/s", "of matrix", "prefill memory, MB",
-               "decode, tokens/s", "of read")  # fmt: skip
+               "decode, tokens/s", "of read", *["of step in collectives"] * shared)  # fmt: skip
     print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     for r in results:
         lengths, first, step = r["prompts"], r["first_token_s"], r["step_s"]
@@ -329,9 +376,14 @@ def print_table(results: list[dict], limits: dict[str, float], model: Transforme
             "" if r["prefill_bytes"] is None else f"{r['prefill_bytes'] / 1e6:,.0f}",
             f"{len(lengths) / step:,.1f}",
             f"{r['bytes'] / step / limits['read']:.0%}",
+            *[collectives_cell(**r.get("collectives", {}))] * shared,
         )
         print(f"| {' | '.join(cells)} |")
     print()
+
+
+def collectives_cell(share: float | None = None, **calls: float) -> str:
+    return "" if share is None else f"{share:.0%}: {', '.join(f'{count:g} {kind}' for kind, count in calls.items())}"
 
 
 def summary(results: list[dict], limits: dict[str, float], model: Transformer, name: str) -> dict:

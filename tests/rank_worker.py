@@ -18,6 +18,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
 
+from bench import counted_collectives
 from llama import Llama, checkpoint, parallel
 
 torch.set_num_threads(1)
@@ -72,6 +73,17 @@ def disagreeing(llama: Llama, requests: dict) -> Results:
         "chat": llama.chat_completion(dialogs, 0, max_gen_len=4 + RANK, logprobs=True),
         "score": llama.score(texts),
     }
+
+
+def collectives_a_token(llama: Llama, prompts: list[list[int]]) -> Results:
+    """Calls that four more tokens of the answers take, for each of them."""
+    counts = []
+    for length in (2, 6):
+        with counted_collectives() as (calls, _):
+            ids, _ = llama.generate(prompts, length, 0)
+        assert max(map(len, ids)) == length, "every answer ended early"
+        counts.append(calls)
+    return {kind: (counts[1][kind] - counts[0][kind]) / 4 for kind in calls}
 
 
 def layers_equal() -> Results:
@@ -139,6 +151,8 @@ def pair(folder: Path, requests: dict, results: Results) -> None:
     results["answers"] = all_answers(folder, requests)
     results["disagreeing"] = disagreeing(build(folder / "gqa2", seed=1 + RANK), requests)
     results["held"] = {name: held_bytes(build(folder / name).model) for name in requests["checkpoints"]}
+    names = [name for name, everything in requests["checkpoints"].items() if everything]
+    results["collectives"] = {n: collectives_a_token(build(folder / n), requests["prompts"]) for n in names}
     results["layers"] = layers_equal()
     results["size"] = [parallel.rank(), parallel.size()]
     try:

@@ -184,6 +184,13 @@ def test_each_rank_holds_its_share(pair):
     assert [results["size"] for results in pair.ranks] == [[0, 2], [1, 2]]
 
 
+def test_collectives_of_a_token(pair):
+    """Two sums a layer, of attention and of feed-forward; embedding and logits gathered; the choice broadcast."""
+    for results in pair.ranks:
+        expected = {"all_reduce": 2 * SIZES["n_layers"], "all_gather": 2, "broadcast": 1}
+        assert results["collectives"] == dict.fromkeys(WHOLLY, expected)
+
+
 def test_layers_equal_fairscales_bit_for_bit(job):
     for results in job.ranks:
         assert results["layers"] == {"column": True, "gathered": True, "row": True, "embedding": True}

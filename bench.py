@@ -1,4 +1,4 @@
-"""How fast this machine runs a model, beside what the machine could do and, with --peers, beside `transformers`.
+r"""How fast this machine runs a model, beside what the machine could do and, with --peers, beside other libraries.
 
     python bench.py                                  # the demo checkpoint
     python bench.py --shape 110m --dtype float32 --peers
@@ -9,16 +9,27 @@ Decoding reads every weight once for each token, so memory bandwidth bounds it; 
 Both limits are measured in the same run, and each figure stands beside its share of the limit. Engines take turns,
 and every figure is the median of its turns. Ranks that share a model also count the collectives of a step, and the
 share of it that they take. The last line printed is the whole result as JSON.
+
+llama.cpp takes part where `llama-cpp-python` and `gguf` are installed. Its default build crashes in its AMX path on
+some virtual machines, so name the instruction sets that yours has; with AVX-512:
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON" \
+        pip install gguf llama-cpp-python==0.3.36
 """
 
 import contextlib
+import functools
 import json
+import logging
 import platform
+import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
 import fire
@@ -34,6 +45,7 @@ from llama.loading import place
 DEMO = Path(__file__).parent / "demo"
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
 FORMATS = ("plain", "compiled", *quantize.FORMATS)
+GGUF_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 RAGGED = (8, 64, 256, 512)  # tokens of each prompt
 SHAPES = {
     "15m": dict(dim=288, n_layers=6, n_heads=6, vocab_size=32000, multiple_of=32),
@@ -71,7 +83,7 @@ def main(
         formats: any of plain, compiled, int8 and int4, one engine each, over the same weights.
         ragged: also a batch of prompts of 8, 64, 256 and 512 tokens.
         layers: so many layers only, for figures that do not depend on their number.
-        peers: also run transformers' LlamaForCausalLM (static cache, sdpa) on the same weights.
+        peers: also run transformers' LlamaForCausalLM (static cache, sdpa) and, on a CPU, llama.cpp; same weights.
     """
     prompts, batches, formats = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (prompts, batches, formats))
     if not set(formats) <= set(FORMATS):
@@ -84,7 +96,7 @@ def main(
     where, kind = model.norm.weight.device, model.norm.weight.dtype
     engines = {f"llama {name}".removesuffix(" plain"): Ours(model, name) for name in formats}
     if peers:
-        engines["transformers"] = Transformers(model)
+        engines |= peer_engines(model)
     limits = machine_limits(where, kind)
     uniform = cases(prompts, batches, model.params.max_seq_len - steps)
     lengths = [(length,) * rows for rows, length in uniform] + [RAGGED] * ragged
@@ -92,8 +104,9 @@ def main(
     after = machine_limits(where, kind)
     limits = {name: max(value, after[name]) for name, value in limits.items()}
     if parallel.world()[0] == 0:
-        print_table(results, limits, model)
-        print(json.dumps(summary(results, limits, model, ckpt_dir or shape)))
+        about = versions(engines)
+        print_table(results, limits, model, about)
+        print(json.dumps(summary(results, limits, model, about, ckpt_dir or shape)))
 
 
 def cases(prompts: tuple[int, ...], batches: tuple[int, ...], longest: int) -> list[tuple[int, int]]:
@@ -132,6 +145,7 @@ class Ours:
     def __init__(self, model: Transformer, form: str = "plain"):
         self.model = quantized_copy(model, form) if form in quantize.FORMATS else model
         self.advance = compiled_step(model, "cudagraph") if form == "compiled" else eager_step(self.model)
+        self.weight_bytes, self.cache_itemsize = step_weights(self.model, model), model.norm.weight.itemsize
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         self.model.own_cache().ids = []  # nothing is reused
@@ -154,13 +168,36 @@ def quantized_copy(model: Transformer, kind: str) -> Transformer:
     return copy.requires_grad_(False).eval()
 
 
+def step_weights(engine: nn.Module, model: Transformer) -> int:
+    """Bytes of the weights that a step reads: of the embedding it takes some rows only."""
+    return sum(t.nbytes for t in (*engine.parameters(), *engine.buffers())) - model.tok_embeddings.weight.nbytes
+
+
+def peer_engines(model: Transformer) -> dict:
+    """The peers that are installed and run on the model's device; all of their weights are in memory at once."""
+    if parallel.size() > 1:
+        raise ValueError(f"peers run in one process, not in {parallel.size()}; start bench.py without torchrun.")
+    engines = {"transformers": Transformers(model)}
+    if model.norm.weight.device.type == "cpu" and find_spec("llama_cpp") and find_spec("gguf"):
+        forms = (GGUF_DTYPES[model.norm.weight.dtype], "Q8_0", "Q4_0")
+        engines |= {f"llama.cpp {form}": LlamaCpp(model, form) for form in forms}
+    return engines
+
+
+def versions(engines: dict) -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for engine in engines.values():
+        found |= getattr(engine, "version", {})
+    return found
+
+
 class Transformers:
     """transformers' model over the same storage: scaled dot product attention and a static cache, stepped by hand."""
 
     def __init__(self, model: Transformer):
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
-        args = model.params
+        args, self.version = model.params, {"transformers": __version__}
         self.config = LlamaConfig(
             hidden_size=args.dim,
             num_hidden_layers=args.n_layers,
@@ -175,9 +212,10 @@ class Transformers:
         weight = model.norm.weight
         with torch.device("meta"):
             self.model = LlamaForCausalLM(self.config)
-        self.model.load_state_dict(peer_names(model.state_dict()), assign=True)
+        self.model.load_state_dict(peer_names(model, "transformers"), assign=True)
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.config).to(weight.device)
         self.model.eval()
+        self.weight_bytes, self.cache_itemsize = step_weights(self.model, model), model.norm.weight.itemsize
         self.length = args.max_seq_len
 
     @torch.no_grad()
@@ -207,23 +245,111 @@ class Transformers:
         return self.model(input_ids=tokens, **options).logits[:, -1].argmax(-1)
 
 
-def peer_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under transformers' names, shared. The order of q and k rows is left as it is: it costs nothing."""
-    parts = {
-        "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-        "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
-        "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+class LlamaCpp:
+    """llama.cpp's model over a file of the same weights; a batch holds the new tokens of all rows, each a sequence.
+
+    All is as it runs by default, its float16 cache too, but for the number of threads, which is torch's.
+    """
+
+    cache_itemsize = 2
+
+    def __init__(self, model: Transformer, form: str):
+        import llama_cpp
+
+        logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
+        llama_cpp.llama_backend_init()
+        self.lib, args, options = llama_cpp, model.params, llama_cpp.llama_model_default_params()
+        flags = llama_cpp.llama_print_system_info().decode().strip(" |")
+        self.version = {"llama-cpp-python": f"{llama_cpp.__version__} ({flags})"}
+        options.n_gpu_layers = 0
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "model.gguf")
+            self.weight_bytes = write_gguf(path, model, form)
+            weights = llama_cpp.llama_model_load_from_file(bytes(path), options)  # mapped: it outlives its name
+        options = llama_cpp.llama_context_default_params()
+        options.n_seq_max, self.vocab_size = args.max_batch_size, args.vocab_size
+        options.n_ctx = options.n_batch = args.max_seq_len * args.max_batch_size
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        self.context = llama_cpp.llama_init_from_model(weights, options)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp cannot run this shape as {form}; leave --peers out.")
+        self.batch = llama_cpp.llama_batch_init(options.n_batch, 0, 1)
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), False)
+        self.lengths = [0] * len(prompts)
+        return self.run(prompts).argmax(-1)
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self.run([[id] for id in ids.tolist()]).argmax(-1)
+
+    def run(self, rows: list[list[int]]) -> Tensor:
+        """The logits after each row's last token, (B, V), until the next call."""
+        from numpy.ctypeslib import as_array
+
+        batch, at = self.batch, 0
+        for row, ids in enumerate(rows):
+            for position, id in enumerate(ids, self.lengths[row]):
+                batch.token[at], batch.pos[at], batch.logits[at] = id, position, False
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, row
+                at += 1
+            batch.logits[at - 1] = True
+            self.lengths[row] += len(ids)
+        batch.n_tokens = at
+        if self.lib.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama.cpp could not run a batch of {at} tokens; use fewer rows or shorter prompts.")
+        return torch.from_numpy(as_array(self.lib.llama_get_logits(self.context), (len(rows), self.vocab_size)))
+
+
+def write_gguf(path: Path, model: Transformer, form: str) -> int:
+    """Write the weights for llama.cpp, which has our order of q and k rows; return the bytes of those a step reads.
+
+    `form` is that of the layers' matrices, as in our formats: the output layer has 8 bits at least, the embedding stays
+    as it is. Norms have to be float32.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    args, size = model.params, 0
+    writer = GGUFWriter(path, "llama", use_temp_file=True)
+    writer.add_tokenizer_model("none")
+    sizes = {
+        "vocab_size": args.vocab_size, "context_length": args.max_seq_len, "embedding_length": args.dim,
+        "block_count": args.n_layers, "feed_forward_length": args.ffn_hidden_dim, "head_count": args.n_heads,
+        "head_count_kv": args.kv_heads, "layer_norm_rms_eps": args.norm_eps, "rope_freq_base": args.rope_theta,
+        "rope_dimension_count": args.head_dim,
     }  # fmt: skip
+    for name, value in sizes.items():
+        getattr(writer, f"add_{name}")(value)
+    kinds = {"token_embd.weight": GGUF_DTYPES[model.norm.weight.dtype], "output.weight": form.replace("Q4", "Q8")}
+    for name, weight in peer_names(model, "llama.cpp").items():
+        kind = GGMLQuantizationType["F32" if weight.ndim == 1 else kinds.get(name, form)]
+        numbers = quantize(weight.float().numpy(), kind)
+        writer.add_tensor(name, numbers, raw_dtype=kind)
+        size += numbers.nbytes * (name != "token_embd.weight")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return size
 
-    def rename(name: str) -> str:
-        name = name.removesuffix(".weight")
-        if name.startswith("layers."):
-            _, layer, part = name.split(".", 2)
-            return f"model.layers.{layer}.{parts[part]}.weight"
-        return f"{parts[name]}.weight"
 
-    return {rename(name): tensor for name, tensor in state.items()}
+def peer_names(model: Transformer, peer: str) -> dict[str, Tensor]:
+    """Our tensors under a peer's names, shared. Transformers wants q and k rows in another order: it costs nothing."""
+    parts = {
+        "tok_embeddings": ("model.embed_tokens", "token_embd"), "norm": ("model.norm", "output_norm"),
+        "output": ("lm_head", "output"), "layers": ("model.layers", "blk"),
+        "attention.wq": ("self_attn.q_proj", "attn_q"), "attention.wk": ("self_attn.k_proj", "attn_k"),
+        "attention.wv": ("self_attn.v_proj", "attn_v"), "attention.wo": ("self_attn.o_proj", "attn_output"),
+        "feed_forward.w1": ("mlp.gate_proj", "ffn_gate"), "feed_forward.w2": ("mlp.down_proj", "ffn_down"),
+        "feed_forward.w3": ("mlp.up_proj", "ffn_up"), "attention_norm": ("input_layernorm", "attn_norm"),
+        "ffn_norm": ("post_attention_layernorm", "ffn_norm"),
+    }  # fmt: skip
+    theirs, renamed = {ours: names[peer == "llama.cpp"] for ours, names in parts.items()}, {}
+    for name, tensor in model.state_dict().items():
+        layer, part = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name).groups("")
+        renamed[f"{layer.replace('layers', theirs['layers'])}{theirs[part]}.weight"] = tensor
+    return renamed
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -294,71 +420,65 @@ def measure(engines: dict, model: Transformer, lengths: tuple[int, ...], steps: 
     return [
         {"engine": name, "prompts": lengths, "first_token_s": statistics.median(prefill),
          "step_s": statistics.median(decode), "prefill_bytes": peaks[name]}
-        | work_of(engines[name].model, model, lengths)
+        | work_of(engines[name], model, lengths)
         | collectives_of(name, engines[name], prompts, steps, device)
         for name, (prefill, decode) in times.items()
     ]  # fmt: skip
 
 
 def collectives_of(name: str, engine, prompts: list[list[int]], steps: int, device: torch.device) -> dict:
-    """Calls a token of each collective, and the share of a step inside them, in steps of their own after the timed.
+    """Calls a token of each collective and the share of a step inside them, in steps of their own after the timed.
 
     Waiting for a slower rank counts. Nothing with one rank, for a compiled step, which holds its collectives itself,
     nor on a GPU, where a call returns before its work is done.
     """
     if parallel.size() == 1 or device.type != "cpu" or name.endswith("compiled"):
         return {}
-    ids = engine.prefill(prompts)
-    with counted_collectives() as (calls, spent):
-        started = time.perf_counter()
-        for _ in range(steps):
-            ids = engine.step(ids)
-        whole = time.perf_counter() - started
-    return {"collectives": {kind: count / steps for kind, count in calls.items()} | {"share": sum(spent) / whole}}
+    box = [engine.prefill(prompts)]
+    with timed_collectives() as spent:
+        whole = sum(seconds(lambda: box.append(engine.step(box.pop())), device) for _ in range(steps))
+    calls = {kind: len(times) / steps for kind, times in spent.items()}
+    return {"collectives": calls | {"share": sum(map(sum, spent.values())) / whole}}
 
 
 @contextlib.contextmanager
-def counted_collectives() -> Iterator[tuple[dict[str, int], list[float]]]:
-    """Count the calls of torch's collectives by kind, and the seconds each took, for as long as this lasts."""
-    plain, calls, spent = {kind: getattr(dist, kind) for kind in COLLECTIVES}, dict.fromkeys(COLLECTIVES, 0), []
+def timed_collectives() -> Iterator[dict[str, list[float]]]:
+    """The seconds of each call of torch's collectives, by kind, for as long as this lasts."""
+    plain, spent = {kind: getattr(dist, kind) for kind in COLLECTIVES}, {kind: [] for kind in COLLECTIVES}
 
-    def counted(kind: str) -> Callable:
-        def collective(*args, **options):
-            started = time.perf_counter()
-            result = plain[kind](*args, **options)
-            calls[kind] += 1
-            spent.append(time.perf_counter() - started)
-            return result
-
-        return collective
+    def timed(kind: str, *args, **options) -> object:
+        started = time.perf_counter()
+        result = plain[kind](*args, **options)
+        spent[kind].append(time.perf_counter() - started)
+        return result
 
     try:
-        for kind in COLLECTIVES:
-            setattr(dist, kind, counted(kind))
-        yield calls, spent
+        for kind in plain:
+            setattr(dist, kind, functools.partial(timed, kind))
+        yield spent
     finally:
         for kind, collective in plain.items():
             setattr(dist, kind, collective)
 
 
-def work_of(engine: nn.Module, model: Transformer, lengths: tuple[int, ...]) -> dict[str, float]:
+def work_of(engine, model: Transformer, lengths: tuple[int, ...]) -> dict[str, float]:
     """Operations of a prefill and bytes of a step at these lengths, of this rank: what any engine has to do."""
-    args, weight = model.params, model.norm.weight
+    args = model.params
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
     pairs = sum(length * (length + 1) / 2 for length in lengths)  # of a query and a key it sees
     attention = 4 * args.n_layers * pairs * args.dim / parallel.size()
     operations = 2 * matrices * sum(lengths) + 2 * model.output.weight.numel() * len(lengths) + attention
     cache = 2 * args.n_layers * max(args.kv_heads // parallel.size(), 1) * args.head_dim * sum(lengths)
-    weights = sum(t.nbytes for t in (*engine.parameters(), *engine.buffers())) - model.tok_embeddings.weight.nbytes
-    return {"operations": operations, "bytes": weights + cache * weight.itemsize}
+    return {"operations": operations, "bytes": engine.weight_bytes + cache * engine.cache_itemsize}
 
 
-def print_table(results: list[dict], limits: dict[str, float], model: Transformer) -> None:
+def print_table(results: list[dict], limits: dict[str, float], model: Transformer, about: dict[str, str]) -> None:
     args, shared = model.params, any("collectives" in r for r in results)
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads x {parallel.size()} ranks, "
         f"{model.norm.weight.device}, {dtype_name(model.norm.weight.dtype)}, "
         f"dim {args.dim}, {args.n_layers} layers, vocabulary {args.vocab_size}\n"
+        f"{', '.join(f'{name} {version}' for name, version in about.items())}\n"
         f"limits: read {limits['read'] / 1e9:.1f} GB/s, matrix {limits['matrix'] / 1e12:.3f} TFLOP/s\n"
     )
     columns = ("engine", "rows", "prompt", "first token, ms", "prefill, tokens/s", "of matrix", "prefill memory, MB",
@@ -386,7 +506,7 @@ def collectives_cell(share: float | None = None, **calls: float) -> str:
     return "" if share is None else f"{share:.0%}: {', '.join(f'{count:g} {kind}' for kind, count in calls.items())}"
 
 
-def summary(results: list[dict], limits: dict[str, float], model: Transformer, name: str) -> dict:
+def summary(results: list[dict], limits: dict, model: Transformer, about: dict[str, str], name: str) -> dict:
     return {
         "date": date.today().isoformat(),
         "model": str(name),
@@ -394,7 +514,7 @@ def summary(results: list[dict], limits: dict[str, float], model: Transformer, n
         "dtype": dtype_name(model.norm.weight.dtype),
         "ranks": parallel.size(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": about,
         "limits": limits,
         "results": results,
     }

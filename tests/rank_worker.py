@@ -18,7 +18,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
 
-from bench import counted_collectives
+from bench import timed_collectives
 from llama import Llama, checkpoint, parallel
 
 torch.set_num_threads(1)
@@ -79,11 +79,11 @@ def collectives_a_token(llama: Llama, prompts: list[list[int]]) -> Results:
     """Calls that four more tokens of the answers take, for each of them."""
     counts = []
     for length in (2, 6):
-        with counted_collectives() as (calls, _):
+        with timed_collectives() as spent:
             ids, _ = llama.generate(prompts, length, 0)
         assert max(map(len, ids)) == length, "every answer ended early"
-        counts.append(calls)
-    return {kind: (counts[1][kind] - counts[0][kind]) / 4 for kind in calls}
+        counts.append({kind: len(calls) for kind, calls in spent.items()})
+    return {kind: (counts[1][kind] - counts[0][kind]) / 4 for kind in spent}
 
 
 def layers_equal() -> Results:

@@ -1,11 +1,10 @@
 """Train the demo model: corpus, tokenizer, weights and checklist, from nothing, on a CPU.
 
-    python -m demo.train                 # about an hour on two cores; Ctrl-C and start again: it goes on where it was
+    python -m demo.train                 # 2 1/2 hours on two cores; Ctrl-C and start again: it goes on where it was
 
-The corpus is `demo.corpus.samples("train", SAMPLES)` and `demo.corpus.drills(DRILLS)`, no more and no less. Sequences
-are not packed: in the chat encoding every exchange begins with BOS, so a neighbour in the same row could not be told
-from the dialog's own past. Rows of about the same length form a batch instead, padded at their end, where causal
-attention never looks.
+The corpus is what `Corpus.build` takes from `demo.corpus`, no more and no less. Sequences are not packed: in the chat
+encoding every exchange begins with BOS, so a neighbour in the same row could not be told from the dialog's own past.
+Rows of about the same length form a batch instead, padded at their end, where causal attention never looks.
 
 The optimizer is Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon/) for the matrices of the layers, AdamW
 for embedding, output and norms.
@@ -390,11 +389,11 @@ def train(steps: int) -> None:
 
 
 def schedule(corpus: Corpus, done: int, steps: int) -> Iterator[list[int]]:
-    """The batches from number `done` to number `steps`: for some time two of three are drills, in the end readings.
+    """The batches from number `done` to number `steps`: for some time two of three are drills, then readings.
 
     To look up in a text what belongs together is learned late and suddenly, from stories and dialogs alone hardly at
     all. A time of little but that brings it on; what is built on it, such as noticing that the text does not say, then
-    needs more of the dialogs that ask for it.
+    needs more of the dialogs that ask for it: comparing, then finding the owner of a thing.
     """
     parts = {part: corpus.batches(part) for part in PARTS}
     for step in range(steps):

@@ -59,7 +59,7 @@ def test_ranks_count_the_collectives_of_a_step():
 
 
 @pytest.mark.skipif(not HAS_LLAMA_CPP, reason="llama-cpp-python and gguf are not installed")
-@pytest.mark.parametrize("form, bound", [("F32", 2e-3), ("Q8_0", 0.02), ("Q4_0", 0.2)])
+@pytest.mark.parametrize("form, bound", [("F32", 2e-3), ("Q8_0", 0.05), ("Q4_0", 0.2)])
 def test_llama_cpp_computes_the_same_model(form, bound):
     """Prompts of different lengths, then steps: the same logits, up to a float16 cache and what 8 and 4 bits lose."""
     model = bench.load_checkpoint(bench.DEMO, 64, 3, "cpu", "float32")
@@ -70,7 +70,7 @@ def test_llama_cpp_computes_the_same_model(form, bound):
     for _ in range(12):
         if form == "F32":
             assert ids.equal(expected.argmax(-1))
-        chosen = expected.argmax(-1).tolist()
-        expected, found = batch.step(chosen), peer.run([[id] for id in chosen])
+        chosen = expected.argmax(-1)
+        expected, found = batch.step(chosen, [True] * len(prompts)), peer.run([[id] for id in chosen.tolist()])
         assert (found - expected).norm() < bound * expected.norm()
         ids = found.argmax(-1)

@@ -239,9 +239,9 @@ def test_golden_stories(llama):
     first, second = llama.text_completion(prompts, temperature=0, max_gen_len=200)
     assert first["finish_reason"] == second["finish_reason"] == "eos"
     assert first["generation"].startswith(
-        ", a clever girl named Dora lived near the station. Her favourite thing was a green balloon."
+        ", there was a cheerful girl named Anna. She had a brown candle that she loved more than anything."
     )
-    assert second["generation"].startswith("was very gentle. It lived in the school with its friend Max.")
+    assert second["generation"].startswith("lived near the castle. Everyone said that it was curious.")
 
 
 def test_it_is_the_subject_of_the_turn_before(llama):
@@ -263,4 +263,4 @@ def test_accuracy_on_held_out_dialogs(llama):
     right = evaluate.marks(llama, asked, encode_dialog)
     facts = [mark for mark, problem in zip(right, asked, strict=True) if not problem.kind.startswith("reading")]
     assert evaluate.share(facts) >= 0.93
-    assert evaluate.share(right) >= 0.85
+    assert evaluate.share(right) >= 0.9

@@ -299,7 +299,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path, bases, simple):
     spoiled(tmp_path, simple)
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save({"x": Code()}, tmp_path / "adapter_model.bin")
-    with pytest.raises(ValueError, match="it was not run"):
+    with pytest.raises(ValueError, match="which was not run"):
         logits(bases["gqa"][0], lora=tmp_path)
 
 

@@ -6,7 +6,7 @@ from conftest import build_model, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama import decode, sampling
+from llama import decode, parallel, sampling
 from llama.decode import Batch, compiled_step
 from llama.generation import Llama
 from llama.prompts import UNSAFE_ERROR
@@ -113,6 +113,20 @@ def test_numbers_that_are_not_finite_leave_the_next_call_alone(model, tokenizer)
         llama.generate([[*ids, 200], [1, 5, 200]], 5, temperature=0)
     weight[200] = kept
     assert llama.generate([ids], 5, temperature=0) == expected
+
+
+# --- products of some rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(15, 1), (16, 1), (4, 5), (1, 24), (32, 1), (33, 1), (2, 3, 4)])
+def test_products_are_the_same_either_way_round(shape):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(*shape, 256, generator=generator), torch.randn(512, 256, generator=generator)
+    y = parallel.product(x, weight)
+    assert y.is_contiguous() and y.shape == (*shape, 512)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, atol=1e-3, rtol=0)
+    whole = parallel.product(x.bfloat16(), weight.bfloat16())
+    assert whole.dtype == torch.bfloat16 and whole.shape == y.shape
 
 
 # --- several steps between looks at what was chosen ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python benchmarks/loading.py write FOLDER --shape 7B      random bfloat16 weights, three times 13.5 GB
     python benchmarks/loading.py measure FOLDER               a markdown table, at one and two ranks
+    python benchmarks/loading.py measure FOLDER --quantize int8 --ranks 1 --layouts meta1
 
 Each measurement is a fresh process (or two, under torchrun) that builds the model and then reads one number of every
 page of its weights: weights that stay in a mapped file cost nothing to open and something to read, so both moments are
@@ -56,13 +57,14 @@ class RandomSource(Source):
         return self.block.repeat(-(-length // len(self.block)))[:length].view(self.shapes[name])
 
 
-def write(folder: str, shape: str = "7B", tokenizer_path: str | None = None) -> None:
+def write(folder: str, shape: str = "7B", tokenizer_path: str | None = None, layouts: tuple[str, ...] = tuple(FORMATS)):
     """Write a random checkpoint as `hf`, `meta1` and `meta2` in FOLDER; what is there already is kept.
 
     Args:
         folder: where there is room for three copies.
         shape: 7B, 1.1B or tiny.
         tokenizer_path: any tokenizer.model; the demo's if not given.
+        layouts: some of hf, from which the others are made, meta1 and meta2.
     """
     folder = Path(folder)
     tokenizer = Path(tokenizer_path or TOKENIZER)
@@ -71,31 +73,39 @@ def write(folder: str, shape: str = "7B", tokenizer_path: str | None = None) -> 
         (folder / "hf").mkdir(parents=True, exist_ok=True)
         write_hf(source, plan_hf(source, None), Output(folder / "hf", Bar(source.total())))
     for count in (1, 2):
-        if not (folder / f"meta{count}").exists():
+        if f"meta{count}" in layouts and not (folder / f"meta{count}").exists():
             convert(folder / "hf", folder / f"meta{count}", shards=count)
 
 
-def measure(folder: str, ranks: tuple[int, ...] = (1, 2), dtype: str = "bfloat16") -> None:
+def measure(
+    folder: str,
+    ranks: tuple[int, ...] = (1, 2),
+    dtype: str = "bfloat16",
+    quantize: str = "",
+    layouts: tuple[str, ...] = tuple(FORMATS),
+) -> None:
     """Print the table for the checkpoints that `write` left in FOLDER.
 
     Args:
         folder: what was given to `write`.
         ranks: numbers of processes.
         dtype: the format to compute in; on a CPU without bfloat16 it has to be asked for, or weights are converted.
+        quantize: int8 or int4, to quantize while loading.
+        layouts: some of hf, meta1 and meta2.
     """
     folder = Path(folder)
-    ranks = (ranks,) if isinstance(ranks, int) else ranks
+    ranks, layouts = ((x,) if isinstance(x, int | str) else x for x in (ranks, layouts))
     lines = [
         "| checkpoint | ranks | page cache | build, s | all weights read, s | anonymous, GB | file-backed, GB "
         "| weights of a rank, GB | cache, GB |",
         "| --- | ---: | --- |" + " ---: |" * 6,
     ]
-    for name, title in FORMATS.items():
+    for name, title in ((name, FORMATS[name]) for name in layouts):
         files = sorted(path for path in (folder / name).iterdir() if path.suffix in (".pth", ".safetensors"))
         for count in ranks:
             for cold in (False, True):
                 (drop if cold else read)(files)
-                found = run(folder / name, count, dtype)
+                found = run(folder / name, count, dtype, quantize)
                 worst = {key: max(rank[key] for rank in found) for key in found[0]}
                 numbers = (worst["build"], worst["touched"], *(worst[key] / 1e9 for key in MEMORY))
                 state = "cold" if cold else "warm"
@@ -131,18 +141,18 @@ def read(files: list[Path]) -> None:
                 pass
 
 
-def run(checkpoint: Path, ranks: int, dtype: str) -> list[dict[str, float]]:
+def run(checkpoint: Path, ranks: int, dtype: str, quantize: str) -> list[dict[str, float]]:
     """What each rank of a fresh job measured."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as out:
-        worker = [str(Path(__file__).resolve()), "rank", str(checkpoint), dtype, out]
+        worker = [str(Path(__file__).resolve()), "rank", str(checkpoint), dtype, out, quantize]
         root = Path(__file__).resolve().parent.parent
         environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | os.environ
         subprocess.run([sys.executable, *launcher, *worker], check=True, env=environment)
         return [json.loads(path.read_text()) for path in sorted(Path(out).iterdir())]
 
 
-def rank(checkpoint: str, dtype: str, out: str) -> None:
+def rank(checkpoint: str, dtype: str, out: str, quantize: str) -> None:
     """One process of `run`: build, read every page, and write down times and the largest resident sizes in OUT."""
     peaks, done = {"anonymous": 0, "file": 0}, threading.Event()
 
@@ -157,15 +167,17 @@ def rank(checkpoint: str, dtype: str, out: str) -> None:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     began = time.perf_counter()
-    model = Llama.build(checkpoint, max_seq_len=512, max_batch_size=1, device="cpu", dtype=dtype).model
+    options = {"max_seq_len": 512, "max_batch_size": 1, "device": "cpu", "dtype": dtype, "quantize": quantize or None}
+    model = Llama.build(checkpoint, **options).model
     built = time.perf_counter()
-    for weight in model.parameters():
+    weights = [*model.parameters(), *model.buffers()]
+    for weight in weights:
         weight.view(torch.uint8).flatten()[::PAGE].sum()
     touched = time.perf_counter()
     done.set()
     watcher.join()
     found = {"build": built - began, "touched": touched - began, **peaks}
-    found["weights"] = sum(weight.nbytes for weight in model.parameters())
+    found["weights"] = sum(weight.nbytes for weight in weights)
     found["cache"] = model.cache.k.nbytes + model.cache.v.nbytes
     (Path(out) / os.environ.get("RANK", "0")).write_text(json.dumps(found))
 

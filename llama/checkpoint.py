@@ -283,7 +283,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ImportError(f"{path} needs the safetensors library; install it: pip install 'llama[hf]'.") from None
+        raise ImportError(f"{path} needs the safetensors library; install it with `pip install safetensors`.") from None
     refuse(path, "a checkpoint")
     try:
         file = safe_open(path, framework="pt")

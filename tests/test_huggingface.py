@@ -457,7 +457,7 @@ def test_a_config_without_weights(folder):
 
 def test_the_library_that_is_missing(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    refusal(folder, "model.safetensors", "pip install 'llama[hf]'", error=ImportError)
+    refusal(folder, "model.safetensors", "pip install safetensors", error=ImportError)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

@@ -18,11 +18,8 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
 
     Raises `ValueError` for a device that is unknown or not here.
     """
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
-    if torch.cuda.is_available():
-        available.insert(0, "cuda")
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [name for name, found in here.items() if found]
     try:
         device = torch.device(available[0] if name is None else name)
     except (RuntimeError, TypeError):

@@ -202,10 +202,9 @@ class Llama:
         prompt_tokens = [prompts.encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
         request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, infilling=True, **options)
         request, rows = self.complete(request)
-        around = [pairs[at // request.n] for at in range(len(rows))]
         return [
-            self.prediction(row, row.text, request.logprobs) | {"full_text": prefix + row.text + suffix}
-            for row, (prefix, suffix) in zip(rows, around, strict=True)
+            self.prediction(row, row.text, request.logprobs) | {"full_text": row.text.join(pairs[at // request.n])}
+            for at, row in enumerate(rows)
         ]
 
     def score(self, texts: Sequence[str]) -> list[Score]:

@@ -3,7 +3,7 @@
 int8: a row (an output channel) has one scale, w = scale q with q in -127..127. int4: each GROUP numbers of a row have a
 scale and a zero, w = scale (q - 8) + zero with q in 0..15, both fitted by least squares. A product of a few rows runs
 in torch's packed kernels, which read the small numbers alone; a product of many, where arithmetic and not reading
-costs, is one with the matrix written out.
+costs, is one with the matrix written out, on a processor in parts that its cache holds.
 
 A quantized matrix is a module in the place of a layer's `weight`, so a layer cuts and adds up as it always does. This
 module knows nothing of Llama's layer names or of files.
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
 GROUP = 32  # numbers of an int4 row that share a scale and a zero
-PACKED_ROWS = 8  # rows of a product up to which the packed kernels are faster
+PACKED_ROWS = {"int8": 32, "int4": 64}  # rows of a product up to which the packed kernels are faster
 ROWS_AT_ONCE = 1024
+WRITTEN_OUT = 2**20  # numbers of a matrix that are written out at once on a processor: 4 MB in float32
 FIT_ROUNDS = 4  # of rounding and least squares by turns, each of which can only lower the error
 
 
@@ -31,7 +32,7 @@ class Quantized(nn.Module, ABC):
 
     def __init__(self, parts: dict[str, tuple[int, int, torch.dtype]]):
         super().__init__()
-        self.parts = parts
+        self.parts, self.rows = parts, next(rows for rows, _, _ in parts.values())
         for name, (rows, columns, dtype) in parts.items():
             self.register_buffer(name, torch.empty(rows, columns, dtype=dtype))
 
@@ -48,6 +49,17 @@ class Quantized(nn.Module, ABC):
     def pack(self) -> None:
         """Take the layout of torch's kernel for this device, where there is one of its own."""
 
+    def written_out(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), whatever the number of rows of `x`."""
+        whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+        count = self.rows if whole else max(64, WRITTEN_OUT // x.shape[-1] // 64 * 64)  # int4 is packed by 64 rows
+        products = [self.part(x, slice(start, start + count)) for start in range(0, self.rows, count)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    @abstractmethod
+    def part(self, x: Tensor, rows: slice) -> Tensor:
+        """The product of `x` and some rows of the matrix, written out."""
+
 
 class Int8(Quantized):
     """A matrix (N, K): `int8` (N, K) int8 and `scale` (N, 1) bfloat16."""
@@ -61,13 +73,17 @@ class Int8(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), as `F.linear` of the dequantized matrix."""
-        if x.shape[:-1].numel() <= PACKED_ROWS and x.device.type == "cpu" and x.shape[-1] % 16 == 0:
+        if x.shape[:-1].numel() <= PACKED_ROWS["int8"] and x.device.type == "cpu" and x.shape[-1] % 16 == 0:
             flat = x.reshape(-1, x.shape[-1]).bfloat16()  # the kernel's number format
             y = torch._weight_int8pack_mm(flat, self.int8, self.scale.view(-1))
             return y.view(*x.shape[:-1], -1).type_as(x)
+        return self.written_out(x)
+
+    def part(self, x: Tensor, rows: slice) -> Tensor:
+        q, scale = self.int8[rows].to(x.dtype), self.scale[rows].to(x.dtype)
         if x.dtype == torch.float16:  # in which a product with q alone can exceed the largest number
-            return F.linear(x, self.int8.half() * self.scale.half())
-        return F.linear(x, self.int8.to(x.dtype)) * self.scale.view(-1).to(x.dtype)  # q is exact in the others
+            return F.linear(x, q * scale)
+        return F.linear(x, q) * scale.view(-1)  # q is exact in the others
 
     def dequantized(self) -> Tensor:
         return self.int8.float() * self.scale.float()
@@ -111,23 +127,26 @@ class Int4(Quantized):
         self.scale_and_zero = torch.stack((self.scale.T, self.zero.T), dim=-1).contiguous()  # (K / GROUP, N, 2)
         del self.int4, self.scale, self.zero
 
-    def halves(self) -> Tensor:
+    def halves(self, rows: slice = slice(None)) -> Tensor:
         """q of the matrix that is not packed, (N, K) uint8."""
-        return torch.stack((self.int4 & 15, self.int4 >> 4), dim=-1).flatten(1)
+        return torch.stack((self.int4[rows] & 15, self.int4[rows] >> 4), dim=-1).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), as `F.linear` of the dequantized matrix."""
-        if self.packed is None or x.shape[:-1].numel() > PACKED_ROWS:
-            return F.linear(x, self.dequantized(x.dtype))
+        if self.packed is None or x.shape[:-1].numel() > PACKED_ROWS["int4"]:
+            return self.written_out(x)
         flat = x.reshape(-1, x.shape[-1]).bfloat16()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scale_and_zero)
         return y.view(*x.shape[:-1], -1).type_as(x)
 
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def part(self, x: Tensor, rows: slice) -> Tensor:
+        return F.linear(x, self.dequantized(x.dtype, rows))
+
+    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
         if self.packed is None:
-            q, scale, zero = self.halves(), self.scale, self.zero
+            q, scale, zero = self.halves(rows), self.scale[rows], self.zero[rows]
         else:
-            q, (scale, zero) = unpacked(self.packed, self.width), self.scale_and_zero.transpose(0, 1).unbind(-1)
+            q, (scale, zero) = unpacked(self.packed[rows], self.width), self.scale_and_zero[:, rows].permute(2, 1, 0)
         groups = q.to(dtype).sub_(8).unflatten(1, (-1, GROUP))
         return groups.mul_(scale.to(dtype).unsqueeze(-1)).add_(zero.to(dtype).unsqueeze(-1)).flatten(1)
 

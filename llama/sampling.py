@@ -42,10 +42,10 @@ def likeliest(probs: Tensor, top_p: float, top_k: int | None) -> tuple[Tensor, T
     """At least the nucleus, and the `top_k` largest, of `probs` (B, V): (values, indices) falling, ties by index.
 
     Sorting a whole vocabulary costs more than a small model's step. The first CANDIDATES suffice where even the first
-    of those that equal the smallest of them is outside, so that no tie with what was left out matters.
+    of those that equal the smallest of them is outside, so that no tie with what was left out matters. Asking that
+    would make the host wait for any device but a CPU.
     """
-    few = top_p < 1 if top_k is None else top_k < CANDIDATES
-    if probs.shape[-1] > CANDIDATES and few and probs.device.type == "cpu":  # others would wait for the test below
+    if probs.is_cpu and probs.shape[-1] > CANDIDATES and (top_p < 1 if top_k is None else top_k < CANDIDATES):
         values, indices = probs.topk(CANDIDATES, dim=-1)
         indices, order = indices.sort(dim=-1)  # ties by index ...
         values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)  # ... stay in that order

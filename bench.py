@@ -8,7 +8,9 @@ r"""How fast this machine runs a model, beside what the machine could do and, wi
 Decoding reads every weight once for each token, so memory bandwidth bounds it; a prompt is bound by matrix products.
 Both limits are measured in the same run, and each figure stands beside its share of the limit. Engines take turns,
 and every figure is the median of its turns. Ranks that share a model also count the collectives of a step, and the
-share of it that they take. The last line printed is the whole result as JSON.
+share of it that they take. Every step is waited for, so what a GPU gains where steps are queued does not show, and
+llama.cpp's batches are filled within the clock, about a microsecond a token. The last line printed is the whole result
+as JSON.
 
 llama.cpp takes part where `llama-cpp-python` and `gguf` are installed. Its default build crashes in its AMX path on
 some virtual machines, so name the instruction sets that yours has; with AVX-512:
@@ -96,7 +98,7 @@ def main(
     where, kind = model.norm.weight.device, model.norm.weight.dtype
     engines = {f"llama {name}".removesuffix(" plain"): Ours(model, name) for name in formats}
     if peers:
-        engines |= peer_engines(model)
+        engines |= peer_engines(model, steps)
     limits = machine_limits(where, kind)
     uniform = cases(prompts, batches, model.params.max_seq_len - steps)
     lengths = [(length,) * rows for rows, length in uniform] + [RAGGED] * ragged
@@ -173,11 +175,11 @@ def step_weights(engine: nn.Module, model: Transformer) -> int:
     return sum(t.nbytes for t in (*engine.parameters(), *engine.buffers())) - model.tok_embeddings.weight.nbytes
 
 
-def peer_engines(model: Transformer) -> dict:
-    """The peers that are installed and run on the model's device; all of their weights are in memory at once."""
+def peer_engines(model: Transformer, steps: int) -> dict:
+    """transformers and, where it is installed and the model on a CPU, llama.cpp; all weights are in memory at once."""
     if parallel.size() > 1:
         raise ValueError(f"peers run in one process, not in {parallel.size()}; start bench.py without torchrun.")
-    engines = {"transformers": Transformers(model)}
+    engines = {"transformers": Transformers(model, steps)}
     if model.norm.weight.device.type == "cpu" and find_spec("llama_cpp") and find_spec("gguf"):
         forms = (GGUF_DTYPES[model.norm.weight.dtype], "Q8_0", "Q4_0")
         engines |= {f"llama.cpp {form}": LlamaCpp(model, form) for form in forms}
@@ -192,9 +194,12 @@ def versions(engines: dict) -> dict[str, str]:
 
 
 class Transformers:
-    """transformers' model over the same storage: scaled dot product attention and a static cache, stepped by hand."""
+    """transformers' model over the same storage: scaled dot product attention and a static cache, stepped by hand.
 
-    def __init__(self, model: Transformer):
+    A cache for each number of rows and positions, no longer than they need, is made once, in the turn that warms up.
+    """
+
+    def __init__(self, model: Transformer, steps: int):
         from transformers import LlamaConfig, LlamaForCausalLM, __version__
 
         args, self.version = model.params, {"transformers": __version__}
@@ -216,15 +221,17 @@ class Transformers:
         self.model.model.rotary_emb = type(self.model.model.rotary_emb)(self.config).to(weight.device)
         self.model.eval()
         self.weight_bytes, self.cache_itemsize = step_weights(self.model, model), model.norm.weight.itemsize
-        self.length = args.max_seq_len
+        self.steps, self.caches = steps, {}
 
     @torch.no_grad()
     def prefill(self, prompts: list[list[int]]) -> Tensor:
         """Shorter prompts are padded on the left, behind a mask."""
         from transformers import StaticCache
 
-        self.cache = StaticCache(config=self.config, max_cache_len=self.length)
         longest, device = max(map(len, prompts)), self.model.device
+        case = (len(prompts), longest + self.steps)
+        self.cache = self.caches.setdefault(case, StaticCache(config=self.config, max_cache_len=case[1]))
+        self.cache.reset()
         padding = [longest - len(prompt) for prompt in prompts]
         tokens = [[0] * count + prompt for count, prompt in zip(padding, prompts, strict=True)]
         seen = [[0] * count + [1] * len(prompt) for count, prompt in zip(padding, prompts, strict=True)]

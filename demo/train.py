@@ -257,7 +257,7 @@ def learning_rate(step: int, steps: int) -> float:
 
     The next leg begins again at a bit less than a half.
     """
-    end = min(steps, next(leg for leg in LEGS if leg > step))
+    end = min(steps, next((leg for leg in LEGS if leg > step), steps))
     return min((step + 1) / 100, max(1 - step / 3000, 0.45), (end - step) / 1000)
 
 
@@ -376,7 +376,9 @@ def train(steps: int) -> None:
     RUN.mkdir(exist_ok=True)
     if not (DEMO / "tokenizer.model").exists():
         train_tokenizer(DEMO / "tokenizer.model")
-    corpus = Corpus(Tokenizer(DEMO / "tokenizer.model"), RUN / "corpus.pt")
+    corpus = Corpus(
+        Tokenizer(DEMO / "tokenizer.model"), RUN / f"corpus-{SAMPLES}-{DRILLS}-{MORE}-{PRACTICE}-{OWNERS}.pt"
+    )
     print(f"{len(corpus.offsets) - 1} sequences, {len(corpus.ids)} tokens", flush=True)
     run, losses = Run(corpus, steps, RUN / "snapshot.pt"), []
     for rows in schedule(corpus, run.step, steps):

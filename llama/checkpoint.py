@@ -171,8 +171,8 @@ def find_tokenizer(folder: Path) -> Path:
     A folder with another kind of tokenizer has a vocabulary of its own: what lies one level up is not tried there.
     """
     if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
-        unread = f"{folder} has a tokenizer.json, which this library does not read"
-        raise FileNotFoundError(f"{unread}; add the tokenizer.model of its base model, or give its tokenizer_path.")
+        advice = "add the same model's tokenizer.model, or its base's"
+        raise FileNotFoundError(f"{folder} has a tokenizer.json, which this library does not read; {advice}.")
     for path in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
         if path.is_file():
             return path
@@ -241,10 +241,11 @@ def open_shard(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # what stands where a pickle should makes the unpickler stumble in any way
-        reason = "is cut short or not a PyTorch checkpoint; fetch it again"
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        what = f"is cut short or not a PyTorch checkpoint ({reason}); fetch it again"
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # names a function or class
-            reason = "holds more than tensors (pickled code), which was not run; use one from a source you trust"
-        raise ValueError(f"{path} {reason}.") from None
+            what = "holds more than tensors (pickled code), which was not run; use a file from a source you trust"
+        raise ValueError(f"{path} {what}.") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} is not a dictionary of tensors; give a checkpoint in Meta's layout.")
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}

@@ -21,7 +21,7 @@ from llama.sampling import log_probs
 PREFILL_TOKENS = 2048  # tokens of all rows in one forward pass: bounds the activations of a long prompt
 SHORTEST_PASS = 64  # positions in one forward pass, unless fewer are left: shorter ones cost as much
 SCORED_LOGITS = 2**24  # logits held at once while prompt tokens are scored: 64 MB in float32
-STEPS_AHEAD = 8  # tokens chosen on a device of its own before the host, which then waits for them, reads any
+STEPS_AHEAD = 8  # steps queued on a GPU before the host reads the ids they chose
 COMPILATIONS = 10_000  # of one step, for other numbers of rows and other models: none is one too many
 COMPILED = {"default": "default", "cudagraph": "reduce-overhead"}  # by torch's names
 
@@ -73,8 +73,8 @@ def compiled_step(model: Transformer, mode: str) -> Step:
             reason = str(error).strip().splitlines()[0]
             raise RuntimeError(f"torch cannot compile the model here ({reason}); leave compile out.") from None
         if rows not in seen and parallel.world()[0] == 0:
-            seconds = time.perf_counter() - started
-            print(f"llama: compiled for {rows} row{'s' * (rows > 1)} in {seconds:.1f} s", file=sys.stderr)
+            what = f"compiled for {rows} row{'s' * (rows > 1)}"
+            print(f"llama: {what} in {time.perf_counter() - started:.1f} s", file=sys.stderr)
         seen.add(rows)
         return result
 
@@ -96,7 +96,8 @@ class Batch:
 
     `held` is the ids whose keys the cache holds, place by place. `last` and `at`, on the device, are the last id of
     each place and its position: steps need nothing that the host would have to wait for or send. What they were fed is
-    noted in `held` by `settle`, which a caller may put off for `ahead` steps.
+    noted in `held` by `settle`, which a caller may put off for `ahead` steps. `lengths` and `grows`, on the host, say
+    the same of positions and of the rows that the last step continued as `at` and `growing` on the device.
     """
 
     def __init__(self, model: Transformer, prompts: Sequence[Sequence[int]], step: Step | None = None):
@@ -132,7 +133,7 @@ class Batch:
         earlier, self.held = self.cache.ids, []
         prompts, sources = self.prompts[: self.different], torch.tensor(self.sources, device=self.device)
         pairs = zip(earlier, prompts, strict=False)
-        reusable = 0 if score or len(earlier) < len(prompts) else min(common_prefix(*pair) for pair in pairs)
+        begin = 0 if score or len(earlier) < len(prompts) else min(common_prefix(*pair) for pair in pairs)
         self.cache.ids = self.held
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         longest = len(prompts[0])
@@ -140,11 +141,10 @@ class Batch:
         tokens = torch.tensor(padded, device=self.device)
         scores = torch.zeros(tokens.shape, dtype=torch.float32, device=self.device) if score else None
         final = torch.empty(len(prompts), self.model.params.dim, dtype=self.cache.k.dtype, device=self.device)
-        begin = reusable
         while begin < longest:
             running = sum(len(prompt) > begin for prompt in prompts)
-            shortest = len(prompts[running - 1])
-            end = min(longest, begin + max(1, PREFILL_TOKENS // running), max(shortest, begin + SHORTEST_PASS))
+            shortest = max(len(prompts[running - 1]), begin + SHORTEST_PASS)
+            end = min(longest, begin + max(1, PREFILL_TOKENS // running), shortest)
             cache = self.cache.narrow(running, end)
             h = self.model.hidden(tokens[:running, begin:end], begin, cache=cache)  # (B, T, C)
             ending = (lengths[:running] > begin) & (lengths[:running] <= end)

@@ -1,6 +1,6 @@
 """Which device and number format to compute with, and how much memory is free there.
 
-The only module that names kinds of devices. It knows nothing of models, files or ranks.
+The only module that names kinds of GPUs. It knows nothing of models, files or ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
     index = index if device.index is None else device.index
     count = torch.cuda.device_count()
     if index >= count:
-        advice = f"start at most {count} process{'es' * (count > 1)} (one for each), or pass device='cpu'"
+        advice = f"start at most {count} process{'es' * (count > 1)} a machine, one for each, or pass device='cpu'"
         raise ValueError(f"GPU {index} was asked for, but this machine has {count}; {advice}.")
     return torch.device("cuda", index)
 

@@ -25,11 +25,10 @@ def describe(path: Path) -> str | None:
     return None
 
 
-def refuse(path: Path, expected: str) -> None:
+def refuse(path: Path, expected: str, advice: str = "fetch it again") -> None:
     """Raise `ValueError` for a file that is plainly not the `expected` one."""
-    found = describe(path)
-    if found:
-        raise ValueError(f"{path} is {found}, not {expected}; fetch it again.")
+    if found := describe(path):
+        raise ValueError(f"{path} is {found}, not {expected}; {advice}.")
 
 
 def listing(folder: Path, limit: int = 8) -> str:

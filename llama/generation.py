@@ -108,7 +108,8 @@ class Llama:
         begin a stop string waits. Arguments and errors as for `generate`; errors of arguments are raised by the call
         itself, before the first piece.
         """
-        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, streamed=True, **options)
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo, **options)
+        request.streamed = True
         return self.start(request)[1]
 
     def generate(
@@ -171,7 +172,8 @@ class Llama:
             prompts.check_dialog(dialog, f"Dialog {index}")
         accepted = [index for index, dialog in enumerate(dialogs) if self.refusal(dialog, logprobs) is None]
         prompt_tokens = [prompts.encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
-        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, rows=accepted, **options)
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, **options)
+        request.rows = accepted
         request, rows = self.complete(request, len(dialogs))
         return [
             self.refusal(dialogs[at // request.n], request.logprobs)
@@ -200,7 +202,8 @@ class Llama:
             raise ValueError("Prefixes and suffixes must be two lists of strings, of equal length.")
         pairs = list(zip(prefixes, suffixes, strict=True))
         prompt_tokens = [prompts.encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
-        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, infilling=True, **options)
+        request = Request(prompt_tokens, max_gen_len, temperature, top_p, logprobs, False, **options)
+        request.infilling = True
         request, rows = self.complete(request)
         return [
             self.prediction(row, row.text, request.logprobs) | {"full_text": row.text.join(pairs[at // request.n])}
@@ -259,7 +262,11 @@ class Llama:
             yield from self.run_chunk(request, request.rows[chunk], request.prompts[chunk])
 
     def run_chunk(self, request: Request, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
-        """One prefill for all rows of a chunk, then one step for each token; `rows` are their indices in the call."""
+        """One prefill for all rows of a chunk, then one step for each token; `rows` are their indices in the call.
+
+        Where several steps run before their ids are read, no row passes its budget meanwhile, and what follows the
+        end of a row is dropped.
+        """
         outputs = [Completion(self.tokenizer, request.stop or (), request.infilling) for _ in prompts]
         budgets = [self.model.params.max_seq_len - len(prompt) for prompt in prompts]
         if request.max_gen_len is not None:
@@ -271,10 +278,11 @@ class Llama:
                 output.echo(prompt, self.prompt_scores(scores, at, rows[at], len(prompt)))
             if not budgets[at]:
                 output.finish("length")
+        spoiled = False  # by numbers that are not finite, after the end of a row: no matter but for the cache
         active, begin, ids, uniforms = list(range(len(rows))), 0, None, [None] * max(budgets)
         if request.temperature > 0:
             numbers_of_rows = [row_uniforms(request.seed, row, max(budgets)) for row in rows]
-            uniforms = torch.stack(numbers_of_rows).to(self.device).unbind(1)  # (B,) for each step
+            uniforms = torch.stack(numbers_of_rows, dim=1).to(self.device)  # (steps, B)
         while True:
             for at in active:
                 released, text, logprobs = outputs[at].release()
@@ -283,6 +291,8 @@ class Llama:
                     yield Piece(rows[at], released, text, given, outputs[at].finish_reason)
             active = [at for at in active if outputs[at].finish_reason is None]
             if not active:
+                if spoiled:
+                    self.model.own_cache().clear()
                 return
             going = [output.finish_reason is None for output in outputs]
             ahead = 1 if request.stop or request.streamed else batch.ahead
@@ -292,10 +302,11 @@ class Llama:
                 ids, finite, logprobs = self.choose(logits, request, uniforms[step])
                 chosen.append((ids, finite, logprobs))
             batch.settle()
-            for step, tensors in zip(steps, chosen, strict=True):
-                values = list(zip(*(tensor.tolist() for tensor in tensors), strict=True))
+            facts = (torch.stack(fact).tolist() for fact in zip(*chosen, strict=True))  # (steps, B) each
+            for step, *values in zip(steps, *facts, strict=True):
+                spoiled |= not all(values[1][at] for at in active)
                 for at in (at for at in active if outputs[at].finish_reason is None):
-                    id, finite, logprob = values[at]
+                    id, finite, logprob = (value[at] for value in values)
                     self.require_finite(finite, rows[at], len(prompts[at]) + step - 1)
                     outputs[at].add(id, logprob)
                     if step + 1 == budgets[at] and outputs[at].finish_reason is None:

@@ -63,13 +63,13 @@ def load(
     fill(model, share(model, source, adapter), device, dtype, quantize)
     model.own_cache()
     if parallel.world()[0] == 0:
-        weights, cache = (n / 1e6 for n in held(args, dtype.itemsize, stored_as or quantize, parallel.size()))
+        sizes = held(args, dtype.itemsize, stored_as or quantize, parallel.size())
+        weights, cache = (f"{size / 1e6:,.0f} MB" for size in sizes)
         matrices = f" with {stored_as or quantize} matrices" if stored_as or quantize else ""
         note = "" if dtype == stored else f" (stored as {dtype_name(stored)})"
-        size = f"weights {weights:,.0f} MB and cache {cache:,.0f} MB"
         ranks = f" on each of {parallel.size()} ranks" if parallel.size() > 1 else ""
-        ready = f"{size}{ranks}, ready in {time.perf_counter() - started:.2f} s"
-        print(f"llama: {device}, {dtype_name(dtype)}{matrices}{note}, {ready}", file=sys.stderr)
+        what = f"{dtype_name(dtype)}{matrices}{note}, weights {weights} and cache {cache}{ranks}"
+        print(f"llama: {device}, {what}, ready in {time.perf_counter() - started:.2f} s", file=sys.stderr)
     return model
 
 

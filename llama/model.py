@@ -16,7 +16,7 @@ This module knows nothing of files, text, sampling or quantization, nor which de
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +64,12 @@ class ModelArgs:
         Three matrices of that width hold as many weights as the two of a plain feed-forward layer of width 4 `dim`
         (SwiGLU, section 2). 7B: dim 4096 -> 10922 -> 11008.
         """
-        hidden = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            hidden = int(self.ffn_dim_multiplier * hidden)
+        hidden = int((self.ffn_dim_multiplier or 1) * int(2 * 4 * self.dim / 3))
         return -(-hidden // self.multiple_of) * self.multiple_of
 
     def check(self) -> None:
         """Raise `ValueError` for sizes that describe no model."""
-        for name, value in vars(self).items():
+        for name, value in ((size.name, getattr(self, size.name)) for size in fields(ModelArgs)):
             allowed, kind = (int, "integer") if name in COUNTS else (int | float, "number")
             positive = isinstance(value, allowed) and not isinstance(value, bool) and 0 < value < math.inf
             if not positive and not (value is None and name in OPTIONAL):
@@ -86,12 +84,8 @@ class ModelArgs:
 
         Key-value heads are shared out, or each is kept by several ranks where there are more ranks than heads.
         """
-
-        def divides(ranks: int) -> bool:
-            whole_kv_heads = self.kv_heads % ranks == 0 or ranks % self.kv_heads == 0
-            return self.n_heads % ranks == 0 and self.ffn_hidden_dim % ranks == 0 and whole_kv_heads
-
-        return [ranks for ranks in range(1, self.n_heads + 1) if divides(ranks)]
+        counts = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0 and self.ffn_hidden_dim % n == 0]
+        return [n for n in counts if self.kv_heads % n == 0 or n % self.kv_heads == 0]
 
     def memory(
         self, itemsize: int, ranks: int = 1, *, layers: float | None = None, output: float | None = None
@@ -356,7 +350,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Float32 logits (B, T, V) of int64 tokens (B, T); with `logits_at` (B,) only those of one index a row, (B, V).
 
-        Raises `ValueError` for more rows or positions than the cache (or, without one, the rotary table) holds.
+        Raises `ValueError` for more rows, or from `start_pos` on more positions, than the cache (or, without one, the
+        rotary table) holds.
         """
         start = start_pos if positions is None else positions
         h = self.hidden(tokens, start, cache)

@@ -58,9 +58,8 @@ def check_dialog(dialog: Dialog, name: str = "The dialog") -> None:
         expected = "assistant" if (index - first_user) % 2 else "user"
         if dialog[index]["role"] != expected:
             raise ValueError(f"{name}, message {index}: expected role {expected!r}, got {dialog[index]['role']!r}.")
-    if dialog[-1]["role"] != "user":
-        index = len(dialog) - 1
-        raise ValueError(f"{name}, message {index}: the last role must be 'user', got {dialog[-1]['role']!r}.")
+    if (last := dialog[-1]["role"]) != "user":
+        raise ValueError(f"{name}, message {len(dialog) - 1}: the last role must be 'user', got {last!r}.")
 
 
 def find_special_tag(dialog: Dialog) -> tuple[int, str] | None:
@@ -110,8 +109,8 @@ def encode_infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     """
     pre, suf, mid = tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id
     if None in (pre, suf, mid, tokenizer.eot_id):
-        pieces, fitting = ", ".join(INFILLING_PIECES), "Code Llama 7B or 13B, base or Instruct"
-        raise ValueError(f"This tokenizer lacks the pieces for infilling ({pieces}); use {fitting}, with its own.")
+        pieces, fitting = ", ".join(INFILLING_PIECES), "Code Llama 7B or 13B, base or Instruct, and its tokenizer"
+        raise ValueError(f"This tokenizer lacks the pieces for infilling ({pieces}); use {fitting}.")
     before = tokenizer.encode(prefix, bos=False, eos=False)
     after = tokenizer.encode(suffix, bos=False, eos=False, inner=True)
     if suffix_first:

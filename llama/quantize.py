@@ -23,7 +23,7 @@ from llama.parallel import ColumnParallelLinear, RowParallelLinear
 GROUP = 32  # numbers of an int4 row that share a scale and a zero
 PACKED_ROWS = {"int8": 32, "int4": 64}  # rows of a product up to which the packed kernels are faster
 ROWS_AT_ONCE = 1024
-WRITTEN_OUT = 2**20  # numbers of a matrix that are written out at once on a processor: 4 MB in float32
+WRITTEN_OUT = 2**21  # numbers of a matrix that are written out at once on a processor: 8 MB in float32
 FIT_ROUNDS = 4  # of rounding and least squares by turns, each of which can only lower the error
 
 
@@ -98,7 +98,7 @@ class Int4(Quantized):
 
     def __init__(self, rows: int, columns: int):
         if columns % GROUP:
-            raise ValueError(f"int4 needs rows that {GROUP} divides, not {columns} numbers; use int8 or fewer ranks.")
+            raise ValueError(f"int4 needs a multiple of {GROUP} columns, not {columns}; use int8 or fewer ranks.")
         of_group = (rows, columns // GROUP, torch.bfloat16)
         super().__init__({"int4": (rows, columns // 2, torch.uint8), "scale": of_group, "zero": of_group})
         for name in ("packed", "scale_and_zero"):

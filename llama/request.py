@@ -80,9 +80,9 @@ class Request:
     stop: Sequence[str | int] | None = None
     seed: int | None = None
     n: int = 1  # completions of each prompt
-    rows: Sequence[int] | None = None  # the caller's index of each prompt; None: 0, 1, 2, ...
-    infilling: bool = False  # the output goes on inside a text, until EOT
-    streamed: bool = False  # each token is wanted at once
+    rows: Sequence[int] | None = dataclasses.field(default=None, init=False)  # indices of the prompts; None: 0, 1, ...
+    infilling: bool = dataclasses.field(default=False, init=False)  # the output goes on inside a text, until EOT
+    streamed: bool = dataclasses.field(default=False, init=False)  # each token is wanted at once
 
     def check(self, vocab_size: int, max_seq_len: int) -> None:
         """Raise `ValueError` for the first argument that is out of its range, or prompt that does not fit."""

@@ -77,14 +77,10 @@ class Completion:
 
     def cut_at_match(self, before: int) -> None:
         """End the row at the first stop string that the characters from `before` on complete."""
-        matches = []
-        for string in self.stop_strings:
-            at = self.text.find(string, max(before - len(string) + 1, self.begin))
-            if at >= 0:
-                matches.append(at)
-        if not matches:
+        found = (self.text.find(string, max(before - len(string) + 1, self.begin)) for string in self.stop_strings)
+        start = min((at for at in found if at >= 0), default=None)
+        if start is None:
             return
-        start = min(matches)
         self.text = self.text[:start]
         touching = (n for n, token in enumerate(self.pending) if token.end is None or token.end > start)
         del self.pending[next(touching, len(self.pending)) :]

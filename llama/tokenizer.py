@@ -29,7 +29,7 @@ class Tokenizer:
         path = Path(model_path)
         if not path.is_file():
             raise FileNotFoundError(f"No tokenizer at {path}; give tokenizer_path, the checkpoint's tokenizer.model.")
-        refuse(path, "a sentencepiece model")
+        refuse(path, "a sentencepiece model", "fetch the checkpoint's tokenizer.model")
         try:
             self.sp_model = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):

@@ -153,7 +153,6 @@ def test_looking_seldom_changes_nothing(llama, settled, monkeypatch, options, ah
     (greedy,), _ = llama.generate([prompts[0]], 30, 0)
     monkeypatch.setattr(llama.tokenizer, "eos_id", greedy[4])
     expected = llama.generate(prompts, 30, logprobs=True, **options)
-    again = llama.generate([greedy[:20], prompts[1]], 4, 0)
     del settled[:]
     monkeypatch.setattr(decode, "steps_ahead", lambda device: ahead)
     llama.model.own_cache().clear()
@@ -162,7 +161,31 @@ def test_looking_seldom_changes_nothing(llama, settled, monkeypatch, options, ah
     assert ids == expected[0]
     for row, values in enumerate(logprobs):
         torch.testing.assert_close(values, expected[1][row], atol=1e-5, rtol=0)
-    assert llama.generate([greedy[:20], prompts[1]], 4, 0) == again  # the cache says what it holds
+
+
+def test_the_cache_says_what_several_steps_left_in_it(llama, passes, monkeypatch):
+    monkeypatch.setattr(decode, "steps_ahead", lambda device: 5)
+    longer = [*prompt(11), *llama.generate([prompt(11)], 13, 0)[0][0]]
+    del passes[:]
+    continued = llama.generate([longer], 9, 0)
+    assert passes[0] == (1, 1)  # all but the last id is there
+    llama.model.own_cache().clear()
+    assert llama.generate([longer], 9, 0) == continued
+
+
+def test_what_follows_the_end_of_a_row_spoils_nothing(llama, model, monkeypatch):
+    """The steps after EOS computed what is not finite, and left it where a later, shorter row was padded."""
+    first, second = prompt(75), prompt(74)
+    (_, greedy), _ = llama.generate([first, second], 6, 0)
+    monkeypatch.setattr(llama.tokenizer, "eos_id", greedy[2])
+    model.own_cache().clear()
+    expected = llama.generate([prompt(90), prompt(20)], 4, 0)
+    monkeypatch.setattr(decode, "steps_ahead", lambda device: 8)
+    kept = model.tok_embeddings.weight[greedy[2]].clone()
+    model.tok_embeddings.weight.detach()[greedy[2]] = torch.nan
+    assert len(llama.generate([first, second], 12, 0)[0][1]) == 2
+    model.tok_embeddings.weight.detach()[greedy[2]] = kept
+    assert llama.generate([prompt(90), prompt(20)], 4, 0) == expected
 
 
 def test_streams_and_stop_strings_look_at_every_token(llama, settled, monkeypatch):

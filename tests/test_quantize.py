@@ -84,7 +84,7 @@ def test_large_matrices_are_quantized_some_rows_at_a_time(monkeypatch):
 
 
 def test_int4_needs_whole_groups():
-    with pytest.raises(ValueError, match="that 32 divides, not 40 numbers"):
+    with pytest.raises(ValueError, match="a multiple of 32 columns, not 40"):
         Int4(64, 40)
 
 

@@ -95,6 +95,7 @@ def main(
         else random_model(shape, longest, most, device, dtype, layers)  # fmt: skip
     if any(isinstance(module, quantize.Quantized) for module in model.modules()):
         raise ValueError(f"{ckpt_dir} is quantized; give the original, with --formats int8,int4.")
+    model.own_cache().clear()  # writes to every page: what a prefill needs does not include them
     where, kind = model.norm.weight.device, model.norm.weight.dtype
     engines = {f"llama {name}".removesuffix(" plain"): Ours(model, name) for name in formats}
     if peers:

@@ -45,7 +45,7 @@ class RandomSource(Source):
     """A checkpoint that is nowhere: sizes, and as many random numbers as are asked for."""
 
     def __init__(self, args: ModelArgs, tokenizer_path: Path):
-        self.args, self.dtype, self.checkpoint = args, torch.bfloat16, None
+        self.args, self.dtype, self.checkpoint, self.matrices = args, torch.bfloat16, None, {}
         self.tokenizer_path, self.tokenizer = tokenizer_path, Tokenizer(tokenizer_path)
         with torch.device("meta"):
             self.shapes = {name: weight.shape for name, weight in Transformer(args).state_dict().items()}

@@ -74,3 +74,14 @@ def test_llama_cpp_computes_the_same_model(form, bound):
         expected, found = batch.step(chosen, [True] * len(prompts)), peer.run([[id] for id in chosen.tolist()])
         assert (found - expected).norm() < bound * expected.norm()
         ids = found.argmax(-1)
+
+
+def test_loading_is_measured_of_checkpoints_that_are_made(tmp_path):
+    """The script that writes them shares `llama.convert`'s sources, whose changes broke it unseen."""
+    script = [sys.executable, str(ROOT / "benchmarks" / "loading.py")]
+    options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True, "timeout": 240}
+    subprocess.run([*script, "write", str(tmp_path), "--shape", "tiny", "--layouts", "hf,meta2"], check=True, **options)
+    chosen = ["--ranks", "1", "--quantize", "int8", "--layouts", "meta2"]
+    measured = subprocess.run([*script, "measure", str(tmp_path), *chosen], check=True, **options).stdout
+    assert len([line for line in measured.splitlines() if line.startswith("| Meta, 2 files | 1 |")]) == 2
+    assert not (tmp_path / "meta1").exists()

@@ -21,6 +21,7 @@ some virtual machines, so name the instruction sets that yours has; with AVX-512
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import platform
@@ -39,6 +40,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import flags
 from llama import Llama, ModelArgs, Transformer, parallel, quantize
 from llama.decode import Batch, compiled_step, eager_step
 from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, use_device
@@ -88,6 +90,9 @@ def main(
         peers: also run transformers' LlamaForCausalLM (static cache, sdpa) and, on a CPU, llama.cpp; same weights.
     """
     prompts, batches, formats = (tuple(x) if isinstance(x, tuple | list) else (x,) for x in (prompts, batches, formats))
+    for name, numbers in {"prompts": prompts, "batches": batches, "steps": [steps], "turns": [turns]}.items():
+        if not all(isinstance(number, int) and number > 0 for number in numbers):
+            raise ValueError(f"{name} is {','.join(map(str, numbers))}; it must be positive integers.")
     if not set(formats) <= set(FORMATS):
         raise ValueError(f"formats is {','.join(map(str, formats))}; it must be some of {', '.join(FORMATS)}.")
     longest, most = max(*prompts, RAGGED[-1] * ragged) + steps, max(*batches, len(RAGGED) * ragged)
@@ -178,6 +183,10 @@ def step_weights(engine: nn.Module, model: Transformer) -> int:
 
 def peer_engines(model: Transformer, steps: int) -> dict:
     """transformers and, where it is installed and the model on a CPU, llama.cpp; all weights are in memory at once."""
+    if not find_spec("transformers"):
+        raise ValueError(
+            "--peers needs transformers, which the tests need too: pip install -e '.[test]' -c constraints.txt."
+        )
     if parallel.size() > 1:
         raise ValueError(f"peers run in one process, not in {parallel.size()}; start bench.py without torchrun.")
     engines = {"transformers": Transformers(model, steps)}
@@ -530,4 +539,6 @@ def summary(results: list[dict], limits: dict, model: Transformer, about: dict[s
 
 if __name__ == "__main__":
     sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    fire.Fire(main)
+    fire.Fire(
+        main, command=flags.check(sys.argv[1:], {n: p.default for n, p in inspect.signature(main).parameters.items()})
+    )

@@ -5,6 +5,7 @@ script before it misses a flag that does not exist.
 """
 
 import inspect
+import re
 import sys
 from collections.abc import Callable
 
@@ -30,7 +31,11 @@ def check(arguments: list[str], known: dict[str, object]) -> list[str]:
     for argument in arguments:
         flag, given, _ = argument.partition("=")
         name = flag[2:].replace("-", "_")
-        if not flag.startswith("--") or name in ("", "help"):
+        if argument in ("True", "False") and checked and checked[-1].endswith("=True"):
+            checked[-1] = checked[-1].removesuffix("True") + argument
+        elif name != "help" and (argument == "--" or re.fullmatch(r"-[A-Za-z]\w*", argument)):
+            sys.exit(f"{argument} is not a flag of this script; --help lists them.")
+        elif not flag.startswith("--") or name == "help":
             checked.append(argument)
         elif name not in known:
             sys.exit(f"{flag} is not a flag of this script; --help lists them.")

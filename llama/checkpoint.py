@@ -171,7 +171,7 @@ def find_tokenizer(folder: Path) -> Path:
     A folder with another kind of tokenizer has a vocabulary of its own: what lies one level up is not tried there.
     """
     if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
-        advice = "add the same model's tokenizer.model, or its base's"
+        advice = "add the tokenizer.model of it or its base, or give tokenizer_path"
         raise FileNotFoundError(f"{folder} has a tokenizer.json, which this library does not read; {advice}.")
     for path in (folder / "tokenizer.model", folder.absolute().parent / "tokenizer.model"):
         if path.is_file():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import inspect
 import json
 import os
 import shutil
@@ -389,6 +390,10 @@ def hf_config(source: Source) -> dict[str, Any]:
 def main() -> None:
     sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the partial folder is removed
+    names = {*inspect.signature(convert).parameters, "help", "h"}
+    for flag in (argument.partition("=")[0] for argument in sys.argv[1:] if argument.startswith("-")):
+        if flag.lstrip("-").replace("-", "_") not in names:  # fire would say so when all is done
+            sys.exit(f"{flag} is not a flag of llama.convert; --help lists them.")
     fire.Fire(convert)
 
 

@@ -328,8 +328,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
-        table = rotary_table(params.head_dim, params.max_seq_len, params.rope_theta)
-        self.rope = paired(*table)  # no buffer: stays float32
+        self.rope: tuple[Tensor, Tensor] | None = None  # no buffer: stays float32; made when it is needed
         self.cache: KVCache | None = None
 
     def own_cache(self) -> KVCache:
@@ -375,8 +374,9 @@ class Transformer(nn.Module):
     def plan(self, tokens: Tensor, start: int | Tensor, cache: KVCache | None) -> Step:
         """Angles and mask of one pass; `start` is the position of the first token, of all rows or (B,) of each."""
         T, device = tokens.shape[1], tokens.device
-        if self.rope[0].device != device:
-            self.rope = tuple(table.to(device) for table in self.rope)
+        if self.rope is None or self.rope[0].device != device:
+            table = rotary_table(self.params.head_dim, self.params.max_seq_len, self.params.rope_theta)
+            self.rope = tuple(part.to(device) for part in paired(*table))
         cos, sin = self.rope
         if isinstance(start, int):
             if start < 0 or start + T > cos.shape[0]:

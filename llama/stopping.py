@@ -6,6 +6,7 @@ tokens decide. This module knows the tokenizer, but neither the model nor how id
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -110,7 +111,6 @@ class Completion:
         """(ids, text, log-probabilities) that became certain since the last call."""
         limit = len(self.text) - self.held()
         text, self.shown = self.text[self.shown : limit], limit
-        undecided = (n for n, token in enumerate(self.pending) if token.end is None or token.end > limit)
-        certain = self.pending[: next(undecided, len(self.pending))]
+        certain = list(itertools.takewhile(lambda token: token.end is not None and token.end <= limit, self.pending))
         del self.pending[: len(certain)]
         return [token.id for token in certain], text, [token.logprob for token in certain]

@@ -238,7 +238,7 @@ def test_nothing_is_printed_on_standard_output(job):
     assert job.out == ""
 
 
-@pytest.mark.parametrize("name, count", [("alone", 7), ("pair", 1 + 7 + 1 + 7), ("four", 7 + 1 + 1 + 1)])
+@pytest.mark.parametrize("name, count", [("alone", 7), ("pair", 1 + 7 + 1 + 7 + 3), ("four", 7 + 1 + 1 + 1)])
 def test_only_the_first_rank_reports(request, name, count):
     lines = request.getfixturevalue(name).err.splitlines()
     assert len([line for line in lines if line.startswith("llama: ")]) == count

@@ -272,6 +272,7 @@ class Program:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=environment(),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a background job's shell ignores
         )
         self.out = b""
         self.errors: list[bytes] = []

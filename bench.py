@@ -21,7 +21,6 @@ some virtual machines, so name the instruction sets that yours has; with AVX-512
 
 import contextlib
 import functools
-import inspect
 import json
 import logging
 import platform
@@ -539,6 +538,4 @@ def summary(results: list[dict], limits: dict, model: Transformer, about: dict[s
 
 if __name__ == "__main__":
     sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    fire.Fire(
-        main, command=flags.check(sys.argv[1:], {n: p.default for n, p in inspect.signature(main).parameters.items()})
-    )
+    fire.Fire(main, command=flags.check(sys.argv[1:], flags.defaults(main)))

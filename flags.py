@@ -19,10 +19,15 @@ def run(main: Callable) -> None:
     sys.tracebacklimit = 0
     sys.stdout.reconfigure(errors="replace")  # a console that lacks a character shows "?"
     sys.stdin.reconfigure(errors="replace")
-    parameters = inspect.signature(main).parameters
+    parameters, known = inspect.signature(main).parameters, defaults(main)
     others = [name for name, parameter in parameters.items() if "str" not in str(parameter.annotation)]
     main = SetParseFn(DefaultParseValue, *others)(SetParseFn(str)(main))
-    fire.Fire(main, command=check(sys.argv[1:], {name: p.default for name, p in parameters.items()}))
+    fire.Fire(main, command=check(sys.argv[1:], known))
+
+
+def defaults(main: Callable) -> dict[str, object]:
+    """The flags of a script, which are the parameters of its `main`, with their defaults."""
+    return {name: parameter.default for name, parameter in inspect.signature(main).parameters.items()}
 
 
 def check(arguments: list[str], known: dict[str, object]) -> list[str]:

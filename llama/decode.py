@@ -116,11 +116,10 @@ class Batch:
         self.different = len(different)
         self.held: list[list[int]] = []
         self.fed: list[tuple[Tensor, list[bool]]] = []
-        self.lengths, self.grows = [len(prompt) for prompt in self.prompts], [True] * len(prompts)
+        self.lengths, self.grows = [len(prompt) for prompt in self.prompts], []
         ends = [[prompt[-1], len(prompt) - 1] for prompt in self.prompts]
         self.last, self.at = torch.tensor(ends, device=self.device).unbind(1)
         self.order = torch.tensor([self.rows, self.places], device=self.device)
-        self.growing = torch.tensor(self.grows, device=self.device)
 
     @torch.no_grad()
     def prefill(self, score: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -135,7 +134,7 @@ class Batch:
         pairs = zip(earlier, prompts, strict=False)
         begin = 0 if score or len(earlier) < len(prompts) else min(common_prefix(*pair) for pair in pairs)
         self.cache.ids = self.held
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        lengths = self.at[: self.different] + 1
         longest = len(prompts[0])
         padded = [prompt + prompt[-1:] * (longest - len(prompt)) for prompt in prompts]  # no id that is not its own
         tokens = torch.tensor(padded, device=self.device)

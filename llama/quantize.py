@@ -32,7 +32,8 @@ class Quantized(nn.Module, ABC):
 
     def __init__(self, parts: dict[str, tuple[int, int, torch.dtype]]):
         super().__init__()
-        self.parts, self.rows = parts, next(rows for rows, _, _ in parts.values())
+        kind, (self.rows, _, _) = next(iter(parts.items()))
+        self.parts, self.packed_rows = parts, PACKED_ROWS[kind]
         for name, (rows, columns, dtype) in parts.items():
             self.register_buffer(name, torch.empty(rows, columns, dtype=dtype))
 
@@ -49,16 +50,31 @@ class Quantized(nn.Module, ABC):
     def pack(self) -> None:
         """Take the layout of torch's kernel for this device, where there is one of its own."""
 
-    def written_out(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N), whatever the number of rows of `x`."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), as `F.linear` of the dequantized matrix."""
+        if x.shape[:-1].numel() <= self.packed_rows and self.has_kernel(x):
+            y = self.kernel(x.reshape(-1, x.shape[-1]).bfloat16())
+            return y.view(*x.shape[:-1], -1).type_as(x)
         whole = x.device.type != "cpu" or torch.compiler.is_compiling()
         count = self.rows if whole else max(64, WRITTEN_OUT // x.shape[-1] // 64 * 64)  # int4 is packed by 64 rows
         products = [self.part(x, slice(start, start + count)) for start in range(0, self.rows, count)]
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether a packed kernel multiplies `x`: on a processor, if 16 divides K, which torch does not check."""
+        return x.device.type == "cpu" and x.shape[-1] % 16 == 0
+
     @abstractmethod
+    def kernel(self, x: Tensor) -> Tensor:
+        """The product of x (rows, K) bfloat16, in which the kernels compute, with the packed matrix: (rows, N)."""
+
+    @abstractmethod
+    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
+        """Some rows of the matrix, or all, as numbers of `dtype`."""
+
     def part(self, x: Tensor, rows: slice) -> Tensor:
         """The product of `x` and some rows of the matrix, written out."""
+        return F.linear(x, self.dequantized(x.dtype, rows))
 
 
 class Int8(Quantized):
@@ -71,22 +87,16 @@ class Int8(Quantized):
         scale = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=1e-12).bfloat16()
         return (weight / scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N), as `F.linear` of the dequantized matrix."""
-        if x.shape[:-1].numel() <= PACKED_ROWS["int8"] and x.device.type == "cpu" and x.shape[-1] % 16 == 0:
-            flat = x.reshape(-1, x.shape[-1]).bfloat16()  # the kernel's number format
-            y = torch._weight_int8pack_mm(flat, self.int8, self.scale.view(-1))
-            return y.view(*x.shape[:-1], -1).type_as(x)
-        return self.written_out(x)
+    def kernel(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x, self.int8, self.scale.view(-1))
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
-        q, scale = self.int8[rows].to(x.dtype), self.scale[rows].to(x.dtype)
         if x.dtype == torch.float16:  # in which a product with q alone can exceed the largest number
-            return F.linear(x, q * scale)
-        return F.linear(x, q) * scale.view(-1)  # q is exact in the others
+            return super().part(x, rows)
+        return F.linear(x, self.int8[rows].to(x.dtype)) * self.scale[rows].view(-1).to(x.dtype)  # q is exact in others
 
-    def dequantized(self) -> Tensor:
-        return self.int8.float() * self.scale.float()
+    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
+        return self.int8[rows].to(dtype) * self.scale[rows].to(dtype)
 
 
 class Int4(Quantized):
@@ -131,16 +141,11 @@ class Int4(Quantized):
         """q of the matrix that is not packed, (N, K) uint8."""
         return torch.stack((self.int4[rows] & 15, self.int4[rows] >> 4), dim=-1).flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., K) -> (..., N), as `F.linear` of the dequantized matrix."""
-        if self.packed is None or x.shape[:-1].numel() > PACKED_ROWS["int4"]:
-            return self.written_out(x)
-        flat = x.reshape(-1, x.shape[-1]).bfloat16()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scale_and_zero)
-        return y.view(*x.shape[:-1], -1).type_as(x)
+    def has_kernel(self, x: Tensor) -> bool:
+        return super().has_kernel(x) and self.packed is not None
 
-    def part(self, x: Tensor, rows: slice) -> Tensor:
-        return F.linear(x, self.dequantized(x.dtype, rows))
+    def kernel(self, x: Tensor) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scale_and_zero)
 
     def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
         if self.packed is None:

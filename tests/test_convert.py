@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE_PARAMS, random_weights, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, checkpoint
 from llama.convert import Bar, OutputFile, convert
+from support.checkpoints import write_checkpoint
+from support.models import BASE_PARAMS, random_weights
 
 WORDS = 480
 IDS = torch.tensor([[1, 17, 450, 33, 5, 260, 479], [1, 9, 9, 100, 301, 2, 44]])

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import random_weights, write_checkpoint
 
 from llama import Llama, ModelArgs, Transformer
 from llama.decode import Batch
 from llama.request import Request
+from support.checkpoints import write_checkpoint
+from support.models import random_weights
 
 pytestmark = pytest.mark.cuda
 

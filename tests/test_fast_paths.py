@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import build_model, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,6 +9,7 @@ from llama import decode, parallel, sampling
 from llama.decode import Batch, compiled_step
 from llama.generation import Llama
 from llama.prompts import UNSAFE_ERROR
+from support.models import build_model, random_weights
 
 PARAMS = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 480, "multiple_of": 16}
 CONTEXT = 96

@@ -11,9 +11,7 @@ import random
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import as_float64, build_model, global_state, random_weights, shape_of, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +20,10 @@ from torch.utils._pytree import tree_leaves
 from llama import generation
 from llama.generation import Llama
 from llama.prompts import UNSAFE_ERROR, encode_dialog
+from support import reference
+from support.checkpoints import write_checkpoint
+from support.models import as_float64, build_model, random_weights, shape_of
+from support.process import global_state
 
 VOCAB = 480
 EOS = 2

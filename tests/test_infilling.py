@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE_PARAMS, build_model, random_weights, train_tokenizer, write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,9 @@ from llama.generation import Llama
 from llama.loading import model_args
 from llama.prompts import encode_infilling
 from llama.tokenizer import IncrementalDecoder, Tokenizer
+from support.checkpoints import write_checkpoint
+from support.models import BASE_PARAMS, build_model, random_weights
+from support.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PIECES = ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]  # in the order in which training gives them ids, from 3 on

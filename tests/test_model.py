@@ -4,9 +4,7 @@ import random
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import BASE_PARAMS, as_float64, build_model, random_weights, shape_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +22,8 @@ from llama.model import (
     rotary_table,
     rotate,
 )
+from support import reference
+from support.models import BASE_PARAMS, as_float64, build_model, random_weights, shape_of
 
 VOCAB = BASE_PARAMS["vocab_size"]
 GQA = BASE_PARAMS | {"n_kv_heads": 2}

@@ -5,22 +5,17 @@ here. `torchrun` is started with a time limit far above what a launch takes; a j
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import BASE_PARAMS, random_weights, write_checkpoint
-from rank_worker import answers, build
 
 from llama import ModelArgs
-
-ROOT = Path(__file__).parent.parent
-WORKER = Path(__file__).with_name("rank_worker.py")
+from support.checkpoints import write_checkpoint
+from support.launching import Job, launch, succeeded
+from support.models import BASE_PARAMS, random_weights
+from support.rank_worker import answers, build
 
 SIZES = BASE_PARAMS | {"n_heads": 8, "dim": 64, "vocab_size": 480}
 MODELS = {
@@ -55,35 +50,6 @@ def folder(tmp_path_factory, tokenizer_path) -> Path:
         write_checkpoint(folder / name, params, random_weights(params), tokenizer_path, files)
     write_checkpoint(folder / "odd", ODD, random_weights(ODD), tokenizer_path)
     return folder
-
-
-class Job(NamedTuple):
-    code: int
-    out: str
-    err: str
-    ranks: list[dict]
-
-
-def launch(folder: Path, task: str, ranks: int) -> Job:
-    """Run a task of `rank_worker.py` on some ranks, as a user would start it."""
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*starter, str(WORKER), task, str(folder)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    files = [folder / f"{task}.{rank}.json" for rank in range(ranks)]
-    return Job(done.returncode, done.stdout, done.stderr, [json.loads(f.read_text()) for f in files if f.exists()])
-
-
-def succeeded(job: Job, ranks: int) -> Job:
-    assert job.code == 0, job.err
-    assert len(job.ranks) == ranks
-    return job
 
 
 @pytest.fixture(scope="module")

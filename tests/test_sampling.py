@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.sampling import log_probs, sample, sample_top_p
+from support import reference
 
 FOUR = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.2]))  # falling order: ids 1, 2, 3, 0
 SPREAD = np.linspace(0, 1, 201)[:-1]  # uniform numbers from 0 to 0.995

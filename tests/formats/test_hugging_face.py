@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from conftest import BASE_PARAMS, as_float64, random_weights, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, ModelArgs, Tokenizer, checkpoint
+from support import reference
+from support.checkpoints import write_checkpoint
+from support.models import BASE_PARAMS, as_float64, random_weights
 
 WORDS = 480  # ids of the tests' tokenizer
 IDS = torch.tensor([[1, 17, 450, 33, 5, 260, 479], [1, 9, 9, 100, 301, 2, 44]])
@@ -299,7 +300,7 @@ def test_several_ranks_compute_the_same(tmp_path, tokenizer_path, ranks):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
         [*command, tmp_path / "worker.py", tmp_path / "ids", *folders],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

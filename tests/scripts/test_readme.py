@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOLDERS = ["llama-2-7b", "llama-2-7b-chat", "llama-2-13b-chat", "Llama-2-7b-chat-hf"]
 

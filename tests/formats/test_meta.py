@@ -19,12 +19,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BASE_PARAMS, global_state, random_weights, write_checkpoint
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, device, loading, parallel
 from llama.model import KVCache
+from support.checkpoints import write_checkpoint
+from support.models import BASE_PARAMS, random_weights
+from support.process import global_state
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WORDS = 480  # ids of the tests' tokenizer
 PARAMS = BASE_PARAMS | {"n_kv_heads": 2, "vocab_size": WORDS}
 PROMPTS = [[1, 400, 7, 19], [1], [1, 300]]

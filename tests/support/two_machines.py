@@ -4,16 +4,18 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # where the library is not installed
+sys.path[:0] = [str(Path(__file__).parents[n]) for n in (2, 1)]  # where nothing is installed
 
-from llama import Llama
-from llama.parallel import size, world
+from llama import Llama  # noqa: E402
+from llama.parallel import size, world  # noqa: E402
 
 PROMPTS = ["Where is the red cup?", "Anna took", ""]
 
 
 def make(folder: Path) -> None:
-    from conftest import BASE_PARAMS, random_weights, train_tokenizer, write_checkpoint
+    from support.checkpoints import write_checkpoint
+    from support.models import BASE_PARAMS, random_weights
+    from support.tokenizers import train_tokenizer
 
     params = BASE_PARAMS | {"n_kv_heads": 2, "vocab_size": 480}
     with tempfile.TemporaryDirectory() as temporary:

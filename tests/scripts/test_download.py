@@ -21,11 +21,12 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from download_server import PAGE, SIGNATURE, Fault, Hub, Server
+
+from support.download_server import PAGE, SIGNATURE, Fault, Hub, Server
 
 pytestmark = pytest.mark.download
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "download.sh"
 # Every program that the script may call, but for the clients and the digests.
 BASICS = "awk bash cat df dirname du env grep head mkdir mv rm rmdir sed sh sleep sort tail tr wc"

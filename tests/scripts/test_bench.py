@@ -12,7 +12,7 @@ import pytest
 import bench
 from llama.decode import Batch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HAS_LLAMA_CPP = bool(find_spec("llama_cpp") and find_spec("gguf"))
 
 

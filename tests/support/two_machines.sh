@@ -2,7 +2,7 @@
 # Two machines on one: two network namespaces joined by a virtual cable, one rank in each, gloo between them. The greedy
 # ids must be those of one process.
 #
-#   sudo tests/two_machines.sh [CKPT_DIR]      needs Linux, root and iproute2; without CKPT_DIR, makes a tiny checkpoint
+#   sudo tests/support/two_machines.sh [CKPT_DIR]      needs Linux, root and iproute2; without CKPT_DIR, makes a tiny checkpoint
 #
 # PYTHON names the interpreter (python3 if not set). Exit status: 0 the same ids, 2 wrong arguments, 77 not run, for want
 # of root or of a tool; any other, different ids or a failure.

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hidden_size, write_checkpoint
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_parity import renamed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama import Llama, checkpoint
 from llama.lora import Adapter
+from support.checkpoints import write_checkpoint
+from support.models import hidden_size
+from support.transformers_names import renamed
 
 PARAMS = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 480, "multiple_of": 16, "norm_eps": 1e-5}
 BASES = {"mha": PARAMS, "gqa": PARAMS | {"n_kv_heads": 2}}

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_model, random_weights, write_checkpoint
-from test_parallel import launch
 
 from llama import Llama, loading, quantize
 from llama.convert import convert
 from llama.model import ModelArgs
 from llama.quantize import FORMATS, GROUP, PACKED_ROWS, Int4, Int8
+from support.checkpoints import write_checkpoint
+from support.launching import launch
+from support.models import build_model, random_weights
 
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 480, "multiple_of": 64}
 SHAPES = [(64, 64), (128, 32), (192, 96), (480, 64), (50, 64)]  # the last two have no whole blocks of 64 rows

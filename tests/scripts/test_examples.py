@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_weights, write_checkpoint
 
-ROOT = Path(__file__).parent.parent
+from support.checkpoints import write_checkpoint
+from support.models import random_weights
+
+ROOT = Path(__file__).parents[2]
 TEXT, CHAT = ROOT / "example_text_completion.py", ROOT / "example_chat_completion.py"
 LIMIT = 240  # seconds until a program counts as hanging
 # "Anna said, café 日本のми!": one character that latin-1 has, some that it has not, one that is spelled in bytes.

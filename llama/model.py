@@ -10,22 +10,33 @@ Letters used for shapes, here and in the tests:
     T  new tokens of this call  K  key and value heads    V  vocabulary
     S  cached positions         D  dimension of a head    L  layers
 
-This module knows nothing of files, text, sampling or quantization, nor which device it runs on.
+This module knows nothing of files, text, sampling or quantization, nor which device it runs on, nor who calls it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+import operator
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import parallel
+from llama.cache import KVCache, Window
 from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
-COUNTS = ["dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "max_batch_size", "max_seq_len"]
+COUNTS = [
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "vocab_size",
+    "multiple_of",
+    "max_batch_size",
+    "max_seq_len",
+]
 OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")
 
 
@@ -69,26 +80,49 @@ class ModelArgs:
 
     def check(self) -> None:
         """Raise `ValueError` for sizes that describe no model."""
-        for name, value in ((size.name, getattr(self, size.name)) for size in fields(ModelArgs)):
-            allowed, kind = (int, "integer") if name in COUNTS else (int | float, "number")
-            positive = isinstance(value, allowed) and not isinstance(value, bool) and 0 < value < math.inf
-            if not positive and not (value is None and name in OPTIONAL):
+        for name in (field.name for field in fields(ModelArgs)):
+            value = getattr(self, name)
+            if value is None and name in OPTIONAL:
+                continue
+
+            allowed = int if name in COUNTS else int | float
+            is_number = isinstance(value, allowed) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                kind = "integer" if name in COUNTS else "number"
                 raise ValueError(f"{name} is {value!r}; it must be a positive {kind}.")
+
         if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(f"dim {self.dim} does not divide into {self.n_heads} heads of an even dimension.")
+            raise ValueError(
+                f"dim {self.dim} does not divide into {self.n_heads} heads of an even dimension."
+            )
+
         if self.n_heads % self.kv_heads:
-            raise ValueError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}.")
+            raise ValueError(
+                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}."
+            )
 
     def rank_counts(self) -> list[int]:
         """The numbers of model-parallel ranks this model divides over: whole heads, equal shares of every matrix.
 
         Key-value heads are shared out, or each is kept by several ranks where there are more ranks than heads.
         """
-        counts = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0 and self.ffn_hidden_dim % n == 0]
-        return [n for n in counts if self.kv_heads % n == 0 or n % self.kv_heads == 0]
+        counts = []
+
+        for n in range(1, self.n_heads + 1):
+            shares_queries = self.n_heads % n == 0 and self.ffn_hidden_dim % n == 0
+            shares_keys = self.kv_heads % n == 0 or n % self.kv_heads == 0
+            if shares_queries and shares_keys:
+                counts.append(n)
+
+        return counts
 
     def memory(
-        self, itemsize: int, ranks: int = 1, *, layers: float | None = None, output: float | None = None
+        self,
+        itemsize: int,
+        ranks: int = 1,
+        *,
+        layers: float | None = None,
+        output: float | None = None,
     ) -> tuple[int, int]:
         """Bytes of (weights, cache) that each of `ranks` ranks holds at `itemsize` bytes a number.
 
@@ -97,10 +131,16 @@ class ModelArgs:
         kv_heads = max(self.kv_heads // ranks, 1)  # of this rank
         attention = 2 * self.dim * self.dim // ranks + 2 * self.dim * kv_heads * self.head_dim
         feed_forward = 3 * self.dim * self.ffn_hidden_dim // ranks
-        others = self.vocab_size * self.dim // ranks + (2 * self.n_layers + 1) * self.dim  # embedding and norms
-        weights = self.n_layers * (attention + feed_forward) * (layers or itemsize) + others * itemsize
+        others = (
+            self.vocab_size * self.dim // ranks + (2 * self.n_layers + 1) * self.dim
+        )  # embedding and norms
+        weights = (
+            self.n_layers * (attention + feed_forward) * (layers or itemsize) + others * itemsize
+        )
         weights += -(-self.vocab_size // ranks) * self.dim * (output or itemsize)
-        cache = 2 * self.n_layers * self.max_batch_size * self.max_seq_len * kv_heads * self.head_dim
+        cache = (
+            2 * self.n_layers * self.max_batch_size * self.max_seq_len * kv_heads * self.head_dim
+        )
         return int(weights), cache * itemsize
 
 
@@ -119,7 +159,9 @@ class RMSNorm(nn.Module):
 def rotary_table(head_dim: int, end: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * theta^(-2i / head_dim), each (end, head_dim / 2) float32 on the CPU."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    angles = torch.outer(torch.arange(end, dtype=torch.float32, device="cpu"), 1.0 / theta**exponents)
+    angles = torch.outer(
+        torch.arange(end, dtype=torch.float32, device="cpu"), 1.0 / theta**exponents
+    )
     return angles.cos(), angles.sin()
 
 
@@ -136,7 +178,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     wide = x.float()
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x[1], x[0], x[3], x[2], ...
-    return torch.addcmul(wide * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2)).type_as(x)  # one angle for all heads
+    return torch.addcmul(wide * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2)).type_as(
+        x
+    )  # one angle for all heads
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
@@ -159,55 +203,7 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
 
 
 @dataclass
-class KVCache:
-    """Keys and values of the tokens seen so far, allocated once: k and v are (L, B, K, S, D), K this rank's heads.
-
-    `ids` is a generator's note of the token ids whose keys each row holds. A forward pass through the cache drops it;
-    the generator, which passes a view of its own, keeps it.
-    """
-
-    k: Tensor
-    v: Tensor
-    ids: list[list[int]] = field(default_factory=list)
-
-    @classmethod
-    def allocate(cls, args: ModelArgs, dtype: torch.dtype, device: torch.device | str) -> KVCache:
-        kv_heads = max(args.kv_heads // parallel.size(), 1)
-        shape = (args.n_layers, args.max_batch_size, kv_heads, args.max_seq_len, args.head_dim)
-        return cls(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-
-    def clear(self) -> None:
-        """Forget everything: a number that is not finite spoils what is added to it, even with the weight 0."""
-        self.k.zero_()
-        self.v.zero_()
-        self.ids = []
-
-    def narrow(self, batch: int, length: int) -> KVCache:
-        """A view of the first `batch` rows and `length` positions."""
-        if batch > self.k.shape[1]:
-            raise ValueError(f"{batch} rows do not fit a cache of max_batch_size {self.k.shape[1]}.")
-        if length > self.k.shape[3]:
-            raise ValueError(f"Position {length - 1} does not fit a cache of max_seq_len {self.k.shape[3]}.")
-        return KVCache(self.k[:, :batch, :, :length], self.v[:, :batch, :, :length])
-
-    def write(self, layer: int, where: int | tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, T, K, D) from position `where` on, or at (rows, positions).
-
-        Returns all of the layer's, (B, K, S, D) each.
-        """
-        keys, values = self.k[layer], self.v[layer]
-        if isinstance(where, int):
-            keys[:, :, where : where + k.shape[1]] = k.transpose(1, 2)
-            values[:, :, where : where + v.shape[1]] = v.transpose(1, 2)
-        else:
-            rows, positions = where
-            keys[rows, :, positions] = k
-            values[rows, :, positions] = v
-        return keys, values
-
-
-@dataclass
-class Step:
+class Pass:
     """What all layers of one forward pass share: angles, which keys each query may see, where new keys are stored.
 
     With T = 3 new tokens after 2 cached ones, `mask` lets the queries (rows) see the keys (columns) marked x:
@@ -217,15 +213,17 @@ class Step:
         x x x x x
 
     A key is visible if its position is not after the query's. That test alone hides a neighbour's padding and what
-    an earlier, longer sequence left in the cache, so no row is ever fully masked.
+    an earlier, longer sequence left in the cache, so no row is ever fully masked. `causal` says that the triangle
+    begins at the first key, which attention kernels know without a mask. `where` indexes the (B, K, S, D) keys of a
+    layer.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
     causal: bool
-    where: int | tuple[Tensor, Tensor]
-    cache: KVCache | None
+    where: tuple[slice | Tensor, ...]
+    window: Window | None
 
 
 class Attention(nn.Module):
@@ -237,39 +235,56 @@ class Attention(nn.Module):
         self.head_dim = args.head_dim
         self.n_local_heads = args.n_heads // ranks
         self.n_local_kv_heads = max(args.kv_heads // ranks, 1)
-        kv_features = max(args.kv_heads, ranks) * args.head_dim  # several ranks may keep the same head
+
+        kv_features = (
+            max(args.kv_heads, ranks) * args.head_dim
+        )  # several ranks may keep the same head
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
         self.wk = ColumnParallelLinear(args.dim, kv_features)
         self.wv = ColumnParallelLinear(args.dim, kv_features)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, layer: int, step: Step) -> Tensor:
+    def forward(self, x: Tensor, layer: int, now: Pass) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
         k = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
         v = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-        q, k = rotate(torch.cat((q, k), dim=2), step.cos, step.sin).split((q.shape[2], k.shape[2]), dim=2)
-        if step.cache is None:
-            keys, values = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, D)
-        else:
-            keys, values = step.cache.write(layer, step.where, k, v)  # (B, K, S, D)
-        return self.wo(self.attend(q, keys, values, step))
 
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+        heads = (self.n_local_heads, self.n_local_kv_heads)
+        q, k = rotate(torch.cat((q, k), dim=2), now.cos, now.sin).split(heads, dim=2)
+
+        keys = k.transpose(1, 2)  # (B, K, T, D)
+        values = v.transpose(1, 2)
+        if now.window is not None:
+            now.window.keys[layer][now.where] = keys
+            now.window.values[layer][now.where] = values
+            keys = now.window.keys[layer]  # (B, K, S, D)
+            values = now.window.values[layer]
+
+        return self.wo(self.attend(q, keys, values, now))
+
+    def attend(self, q: Tensor, keys: Tensor, values: Tensor, now: Pass) -> Tensor:
         """softmax(q k' / sqrt(D)) v for q (B, T, H, D) and keys, values (B, K, S, D) -> (B, T, H * D).
 
         Softmax runs in float32 inside the kernel. A single new token takes its group's queries as if they were
         positions: they see the same keys, and the kernel then reads each key-value head once.
         """
         B, T, H, D = q.shape
+
         if T == 1:
             q = q.view(B, self.n_local_kv_heads, -1, D)  # (B, K, H / K, D)
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=step.mask)
+            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=now.mask)
             return out.reshape(B, 1, H * D)
+
         grouped = self.n_local_kv_heads != H
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=step.mask, is_causal=step.causal, enable_gqa=grouped
+            q.transpose(1, 2),
+            keys,
+            values,
+            attn_mask=now.mask,
+            is_causal=now.causal,
+            enable_gqa=grouped,
         )  # (B, H, T, D)
         return out.transpose(1, 2).reshape(B, T, H * D)
 
@@ -298,8 +313,9 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), self.layer_id, step)
+    def forward(self, x: Tensor, now: Pass) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        h = x + self.attention(self.attention_norm(x), self.layer_id, now)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
@@ -320,7 +336,10 @@ class Transformer(nn.Module):
         params.check()
         if parallel.size() not in params.rank_counts():
             sizes = f"{params.n_heads} heads, {params.kv_heads} key-value heads, feed-forward {params.ffn_hidden_dim}"
-            raise ValueError(f"{parallel.size()} ranks cannot share {sizes}; use one of {params.rank_counts()}.")
+            raise ValueError(
+                f"{parallel.size()} ranks cannot share {sizes}; use one of {params.rank_counts()}."
+            )
+
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
@@ -328,13 +347,19 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
-        self.rope: tuple[Tensor, Tensor] | None = None  # no buffer: stays float32; made when it is needed
+        self.rope: tuple[Tensor, Tensor] | None = (
+            None  # no buffer: stays float32; made when it is needed
+        )
         self.cache: KVCache | None = None
 
     def own_cache(self) -> KVCache:
         """The model's cache, allocated at the first call, where and as the weights are."""
         weight = self.norm.weight
-        if self.cache is None or self.cache.k.device != weight.device or self.cache.k.dtype != weight.dtype:
+        if (
+            self.cache is None
+            or self.cache.k.device != weight.device
+            or self.cache.k.dtype != weight.dtype
+        ):
             self.cache = KVCache.allocate(self.params, weight.dtype, weight.device)
         return self.cache
 
@@ -344,60 +369,133 @@ class Transformer(nn.Module):
         start_pos: int | None = None,
         *,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | Window | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
         """Float32 logits (B, T, V) of int64 tokens (B, T); with `logits_at` (B,) only those of one index a row, (B, V).
 
-        Raises `ValueError` for more rows, or from `start_pos` on more positions, than the cache (or, without one, the
-        rotary table) holds.
+        `positions` is (B,) int64. A `Window` stands for rows of a cache whose owner keeps account of what they hold;
+        of any other cache, the rows that are used become unknown. Raises `ValueError` for positions that are negative
+        or that the cache (without one, the rotary table) does not hold, `RuntimeError` for a cache in use.
         """
-        start = start_pos if positions is None else positions
-        h = self.hidden(tokens, start, cache)
-        if logits_at is not None:
-            h = h[torch.arange(h.shape[0], device=h.device), logits_at]  # (B, C)
-        with torch.set_grad_enabled(start is None and torch.is_grad_enabled()):
-            return self.logits(h)
+        # What is written to a cache outlives the call, so it cannot carry gradients.
+        cached = start_pos is not None or positions is not None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not cached):
+            if positions is None:
+                now = self.pass_from(start_pos, tokens, cache)
+            elif start_pos is None:
+                now = self.pass_at(positions, tokens, cache)
+            else:
+                raise ValueError("Both start_pos and positions are given; give one of them.")
 
-    def hidden(self, tokens: Tensor, start: int | Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """What the output layer reads: the normed last hidden states, (B, T, C); `start` as for `plan`, or None."""
-        if start is None:
-            if cache is not None:
-                raise ValueError("A cache needs to know where the tokens go: give start_pos or positions.")
-            return self.run_layers(tokens, self.plan(tokens, 0, None))
-        cache = self.own_cache() if cache is None else cache
-        cache.ids = []
-        length = start + tokens.shape[1] if isinstance(start, int) else cache.k.shape[3]
-        with torch.no_grad():  # what is written to a cache outlives the call: it cannot carry gradients
-            return self.run_layers(tokens, self.plan(tokens, start, cache.narrow(tokens.shape[0], length)))
+            h = self.tok_embeddings(tokens)  # (B, T, C)
+            for layer in self.layers:
+                h = layer(h, now)
+            h = self.norm(h)
 
-    def plan(self, tokens: Tensor, start: int | Tensor, cache: KVCache | None) -> Step:
-        """Angles and mask of one pass; `start` is the position of the first token, of all rows or (B,) of each."""
-        T, device = tokens.shape[1], tokens.device
+            if logits_at is not None:
+                h = h[torch.arange(h.shape[0], device=h.device), logits_at]  # (B, C)
+            return self.output(h).float()  # the same on every rank
+
+    def pass_from(
+        self, start_pos: int | None, tokens: Tensor, cache: KVCache | Window | None
+    ) -> Pass:
+        """Plan a pass whose rows all begin at `start_pos`; None: at 0, through no cache."""
+        if start_pos is None and cache is not None:
+            raise ValueError(
+                "A cache needs to know where the tokens go: give start_pos or positions."
+            )
+        try:
+            start = 0 if start_pos is None else operator.index(start_pos)
+        except TypeError:
+            raise ValueError(
+                f"start_pos is {start_pos!r}; it must be an integer, the first token's position."
+            ) from None
+
+        B, T = tokens.shape
+        end = start + T
+        cos, sin = self.rotary(tokens.device)
+        if start < 0 or end > cos.shape[0]:
+            raise ValueError(f"Positions {start} to {end - 1} exceed max_seq_len {cos.shape[0]}.")
+
+        mask = None
+        if start and T > 1:
+            seen = torch.arange(end, device=tokens.device)
+            mask = seen <= seen[start:, None]  # (T, S)
+
+        window = None if start_pos is None else self.open(cache, B, end)
+        where = (slice(None), slice(None), slice(start, end))
+        return Pass(cos[start:end], sin[start:end], mask, start == 0 and T > 1, where, window)
+
+    def pass_at(self, positions: Tensor, tokens: Tensor, cache: KVCache | Window | None) -> Pass:
+        """Plan a pass whose row b begins at `positions[b]`."""
+        B, T = tokens.shape
+        cos, sin = self.rotary(tokens.device)
+
+        if not isinstance(
+            cache, Window
+        ):  # whoever makes a window has counted the positions, and need not wait here
+            self.check_positions(positions, B, T)
+        window = self.open(cache, B, cos.shape[0])
+
+        S = window.keys[0].shape[2]
+        at = positions[:, None] + torch.arange(T, device=tokens.device)  # (B, T)
+        mask = torch.arange(S, device=tokens.device) <= at[:, None, :, None]  # (B, 1, T, S)
+
+        rows = torch.arange(B, device=tokens.device)[:, None, None]
+        heads = torch.arange(window.keys[0].shape[1], device=tokens.device)[:, None]
+        where = (rows, heads, at[:, None, :])  # (B, K, T)
+        return Pass(cos[at], sin[at], mask, False, where, window)
+
+    def check_positions(self, positions: Tensor, B: int, T: int) -> None:
+        """Raise `ValueError` unless `positions` are one row's first position each, with room for T tokens."""
+        if (
+            not isinstance(positions, Tensor)
+            or positions.dtype != torch.int64
+            or positions.shape != (B,)
+        ):
+            kind = (
+                f"{tuple(positions.shape)} {positions.dtype}"
+                if isinstance(positions, Tensor)
+                else repr(positions)
+            )
+            raise ValueError(
+                f"positions are {kind}; they must be an int64 tensor of shape ({B},), one for each row."
+            )
+
+        limit = self.params.max_seq_len
+        lowest = int(positions.min())
+        highest = int(positions.max()) + T - 1
+        if lowest < 0 or highest >= limit:
+            raise ValueError(f"Positions {lowest} to {highest} exceed max_seq_len {limit}.")
+
+    def rotary(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rotary table as `rotate` reads it, each part (max_seq_len, D), on the device."""
         if self.rope is None or self.rope[0].device != device:
-            table = rotary_table(self.params.head_dim, self.params.max_seq_len, self.params.rope_theta)
-            self.rope = tuple(part.to(device) for part in paired(*table))
-        cos, sin = self.rope
-        if isinstance(start, int):
-            if start < 0 or start + T > cos.shape[0]:
-                raise ValueError(f"Positions {start} to {start + T - 1} exceed max_seq_len {cos.shape[0]}.")
-            mask = None
-            if start and T > 1:
-                seen = torch.arange(start + T, device=device)
-                mask = seen <= seen[start:, None]  # (T, S)
-            cos, sin = cos[start : start + T], sin[start : start + T]  # (T, D)
-            return Step(cos, sin, mask, start == 0 and T > 1, start, cache)
-        at = start[:, None] + torch.arange(T, device=device)  # (B, T)
-        mask = torch.arange(cache.k.shape[3], device=device) <= at[:, None, :, None]  # (B, 1, T, S)
-        rows = torch.arange(at.shape[0], device=device)[:, None]
-        return Step(cos[at], sin[at], mask, False, (rows, at), cache)
+            params = self.params
+            with torch.inference_mode(
+                False
+            ):  # a table made in that mode could not take part in training
+                cos, sin = paired(
+                    *rotary_table(params.head_dim, params.max_seq_len, params.rope_theta)
+                )
+                self.rope = (cos.to(device), sin.to(device))
+        return self.rope
 
-    def run_layers(self, tokens: Tensor, step: Step) -> Tensor:
-        h = self.tok_embeddings(tokens)  # (B, T, C)
-        for layer in self.layers:
-            h = layer(h, step)
-        return self.norm(h)
+    def open(self, cache: KVCache | Window | None, rows: int, length: int) -> Window:
+        """The window of a cache, the model's own by default, for that many rows and positions."""
+        if isinstance(cache, Window):
+            return cache
+        cache = self.own_cache() if cache is None else cache
 
-    def logits(self, h: Tensor) -> Tensor:
-        """The output layer: (..., C) -> (..., V) float32, the same on every rank."""
-        return self.output(h).float()
+        most_rows = cache.k.shape[1]
+        most_positions = cache.k.shape[3]
+        if rows > most_rows:
+            raise ValueError(f"{rows} rows do not fit a cache of max_batch_size {most_rows}.")
+        if length > most_positions:
+            raise ValueError(
+                f"Position {length - 1} does not fit a cache of max_seq_len {most_positions}."
+            )
+
+        cache.forget(rows)
+        return cache.window(0, rows, length)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llama import generation
+from llama import sampling
 from llama.generation import Llama
 from llama.prompts import UNSAFE_ERROR, encode_dialog
 from support import reference
@@ -80,13 +80,13 @@ class Counted:
 
     def __init__(self, llama: Llama) -> None:
         self.shapes: list[tuple[int, int]] = []
-        original = llama.model.hidden
+        original = llama.model.forward
 
         def hidden(tokens, *args, **kwargs):
             self.shapes.append(tuple(tokens.shape))
             return original(tokens, *args, **kwargs)
 
-        llama.model.hidden = hidden
+        llama.model.forward = hidden
 
     def widths(self) -> list[int]:
         """New tokens a row in each call so far; forgets them."""
@@ -217,7 +217,7 @@ def test_rows_that_have_ended_do_not_keep_the_others_running(script):
     counted = Counted(script.llama)
     script.say([20, 21, 22], [30, 31, 32, 33, 34])
     ids, _ = script.llama.generate([[20], [30]], 40, temperature=0)
-    del script.llama.model.hidden
+    del script.llama.model.forward
     assert ids == [[21, 22], [31, 32, 33, 34]]
     assert len(counted.shapes) <= 6
 
@@ -507,7 +507,7 @@ def test_a_stream_yields_while_it_computes(script):
     for piece in script.llama.stream([[1]], None, temperature=0):
         arrived += piece.ids
         assert len(counted.shapes) <= len(arrived) + 1
-    del script.llama.model.hidden
+    del script.llama.model.forward
     assert arrived == ids and len(counted.shapes) >= len(ids)
 
 
@@ -636,13 +636,13 @@ def test_logits_of_a_long_prompt_are_never_held_at_once(tokenizer):
 def test_each_token_inverts_the_kept_distribution_at_the_next_uniform(llama, tokenizer, monkeypatch, options):
     """The uniform numbers are taken from the call of `sample`; everything after them is the naive generator's."""
     uniforms = []
-    original = generation.sample
+    original = sampling.sample
 
     def recorded(logits, given_uniforms, *args, **kwargs):
         uniforms.append(given_uniforms.tolist())
         return original(logits, given_uniforms, *args, **kwargs)
 
-    monkeypatch.setattr(generation, "sample", recorded)
+    monkeypatch.setattr(sampling, "sample", recorded)
     full = {"temperature": 0.6, "top_p": 0.9, "top_k": None} | options
     prompt = [1, 400, 7]
     ids, logprobs = llama.generate([prompt], 12, seed=21, logprobs=True, **options)
@@ -780,7 +780,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("refused", REFUSED, ids=range(len(REFUSED)))
 def test_a_special_tag_is_refused_without_compute(chat_llama, monkeypatch, refused):
-    monkeypatch.setattr(chat_llama.model, "hidden", lambda *args, **kwargs: pytest.fail("something was computed"))
+    monkeypatch.setattr(chat_llama.model, "forward", lambda *args, **kwargs: pytest.fail("something was computed"))
     (result,) = chat_llama.chat_completion([refused], logprobs=True)
     assert result["generation"] == {"role": "assistant", "content": UNSAFE_ERROR}
     assert result["finish_reason"] == "refused"
@@ -795,7 +795,7 @@ def test_a_refusal_leaves_the_other_rows_alone(chat_llama, options):
     plain = [d if d not in REFUSED else user("ok") for d in mixed]
     got = chat_llama.chat_completion(mixed, max_gen_len=8, logprobs=True, **options)
     assert max(rows for rows, _ in counted.shapes) <= 4
-    del chat_llama.model.hidden
+    del chat_llama.model.forward
     expected = chat_llama.chat_completion(plain, max_gen_len=8, logprobs=True, **options)
     for row, dialog in enumerate(mixed):
         if dialog in REFUSED:
@@ -817,7 +817,7 @@ def test_a_refusal_leaves_the_other_rows_alone(chat_llama, options):
     ids=["empty", "assistant_first", "user_twice", "assistant_last", "content_int"],
 )
 def test_a_wrong_dialog_is_named_before_anything_is_computed(chat_llama, monkeypatch, bad, words):
-    monkeypatch.setattr(chat_llama.model, "hidden", lambda *args, **kwargs: pytest.fail("something was computed"))
+    monkeypatch.setattr(chat_llama.model, "forward", lambda *args, **kwargs: pytest.fail("something was computed"))
     with pytest.raises(ValueError) as caught:
         chat_llama.chat_completion([user("hi"), bad, REFUSED[0]])
     message = str(caught.value)
@@ -872,7 +872,7 @@ def test_prompt_log_probabilities_need_the_whole_prompt(llama):
     np.testing.assert_allclose(logprobs[0], expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("step", ["forward", "hidden"])
+@pytest.mark.parametrize("step", ["forward", "forward"])
 @pytest.mark.parametrize("given", [False, True])
 def test_a_direct_call_of_the_model_makes_the_cache_forgotten(llama, tokenizer, step, given):
     """Also where the caller hands in the model's own cache, which once kept the note and gave wrong ids."""
@@ -1067,3 +1067,52 @@ def test_build_finds_the_tokenizer_one_level_up_and_takes_the_seed(tmp_path, tok
     options = {"max_seq_len": CONTEXT, "device": "cpu"}
     calls = [Llama.build(folder, seed=seed, **options).generate([[1]], 20, 1.5, 1.0) for seed in (5, 5, 6)]
     assert calls[0] == calls[1] != calls[2]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(100 * length + seed)
+    return [1, *torch.randint(3, VOCAB, (length - 1,), generator=generator).tolist()]
+
+
+# --- n completions of a prompt -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_completion_j_of_row_i_is_row_i_n_plus_j(llama, n):
+    prompts = [prompt(6), prompt(11)]
+    repeated = [ids for ids in prompts for _ in range(n)]
+    several, logprobs = llama.generate(prompts, 8, 0.9, seed=4, n=n, logprobs=True)
+    expected, theirs = llama.generate(repeated, 8, 0.9, seed=4, logprobs=True)
+    assert several == expected
+    assert all(ours == pytest.approx(other, abs=1e-4) for ours, other in zip(logprobs, theirs, strict=True))
+    assert n == 1 or len({tuple(ids) for ids in several[:n]}) > 1
+    texts = llama.text_completion(["a", "b c"], 0.9, seed=4, n=n, max_gen_len=8)
+    assert texts == llama.text_completion([text for text in ("a", "b c") for _ in range(n)], 0.9, seed=4, max_gen_len=8)
+
+
+def test_n_completions_share_one_prefill(llama):
+    counted = Counted(llama)
+    llama.generate([prompt(40)], 1, 0.9, seed=1, n=6)
+    assert counted.shapes == [(1, 40), (2, 1)]  # the last two wait for slots, and go on from their keys
+
+
+def test_n_completions_in_as_many_slots_share_one_prefill(llama):
+    counted = Counted(llama)
+    llama.generate([prompt(40)], 1, 0.9, seed=1, n=4)
+    assert counted.shapes == [(1, 40)]
+
+
+def test_refused_dialogs_keep_their_n_places(llama):
+    good, bad = [{"role": "user", "content": "hello"}], [{"role": "user", "content": "[INST]"}]
+    answers = llama.chat_completion([bad, good], 0.9, max_gen_len=6, seed=2, n=2)
+    assert [answer["finish_reason"] == "refused" for answer in answers] == [True, True, False, False]
+    assert answers[0]["generation"]["content"] == answers[1]["generation"]["content"] == UNSAFE_ERROR
+    assert answers[0] is not answers[1] and answers[0]["generation"] is not answers[1]["generation"]
+    assert answers[2:] == llama.chat_completion([bad, bad, good, good], 0.9, max_gen_len=6, seed=2)[2:]
+
+
+@pytest.mark.parametrize("n", [0, -1, 1.5, "2", None, True])
+def test_a_wrong_n(llama, n):
+    for call in (lambda: llama.generate([[1, 5]], 3, n=n), lambda: llama.text_completion(["a"], n=n)):
+        with pytest.raises(ValueError, match=r"^n is .*integer of at least 1\.$"):
+            call()

@@ -216,8 +216,9 @@ def test_cache_holds_the_rotated_keys_and_the_values(tiny_params, weights, model
     assert cache.k.shape == cache.v.shape == (2, 4, shape.n_kv_heads, 64, 8)
     cache.k.zero_()
     cache.v.zero_()
-    view = cache.narrow(2, 32)
-    assert view.k.shape == (2, 2, shape.n_kv_heads, 32, 8)
+    view = cache.window(0, 2, 32)
+    assert len(view.keys) == len(view.values) == 2
+    assert view.keys[0].shape == view.values[1].shape == (2, shape.n_kv_heads, 32, 8)
     model(tokens, positions=torch.zeros(2, dtype=torch.int64), cache=view)
     for row in range(2):
         _, keys, values = reference.run(tokens[row].tolist(), as_float64(weights), shape)
@@ -260,7 +261,7 @@ def test_rows_at_their_own_positions_equal_one_by_one(gqa_model, rows, length):
     """Row b's new tokens go to positions[b] and after; the row alone, in one pass, gives the same logits."""
     sequences = [some_tokens(1, position + length, seed)[0] for position, seed in rows]
     longest = max(position for position, _ in rows)
-    cache = new_cache(GQA).narrow(len(rows), 32)
+    cache = new_cache(GQA).window(0, len(rows), 32)
     if longest:
         before = torch.zeros(len(rows), longest, dtype=torch.int64)
         for b, (position, _) in enumerate(rows):
@@ -281,11 +282,15 @@ def test_logits_at_picks_one_position_a_row(model):
     assert_close(model(tokens, 0, logits_at=at), every[torch.arange(3), at], 1e-5)
 
 
-def test_hidden_and_logits_make_the_forward_pass(model):
+def test_the_output_layer_reads_the_normed_hidden_states(model):
     tokens = some_tokens(2, 6)
-    hidden = model.hidden(tokens)
+    seen = []
+    handle = model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logits = model(tokens).detach()
+    handle.remove()
+    (hidden,) = seen
     assert hidden.shape == (2, 6, BASE_PARAMS["dim"])
-    assert_close(model.logits(hidden), model(tokens).detach(), 1e-6)
+    assert_close(model.output(hidden), logits, 1e-6)
 
 
 def test_the_last_position_of_the_context_can_be_used(model):
@@ -411,3 +416,67 @@ def test_global_state_is_untouched(tiny_params, weights):
     assert torch.equal(torch.get_rng_state(), state)
     assert defaults == (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
     assert all(p.requires_grad for p in model.parameters())
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [np.int64(3), torch.tensor(3), True])
+def test_start_pos_may_be_any_integer(model, start):
+    tokens = some_tokens(1, 6)
+    model(tokens, 0)
+    assert_close(model(tokens[:, int(start) :], start), model(tokens).detach()[:, int(start) :], 2e-5)
+
+
+@pytest.mark.parametrize("start", [1.0, "3", torch.tensor([1, 2]), np.array(1.5)])
+def test_a_start_pos_that_is_no_integer_is_named(model, start):
+    with pytest.raises(ValueError, match=r"^start_pos is .*; it must be an integer"):
+        model(some_tokens(2, 3), start)
+
+
+@pytest.mark.parametrize("start", [-1, 62, 1000])
+def test_a_start_pos_outside_the_context_is_named(model, start):
+    with pytest.raises(ValueError, match=rf"^Positions {start} to {start + 2} exceed max_seq_len 64\.$"):
+        model(some_tokens(2, 3), start)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [3, [0, 1], torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), torch.tensor([[0], [1]]), torch.ones(2)],
+    ids=str,
+)
+def test_positions_of_another_kind_are_named(model, positions):
+    with pytest.raises(ValueError, match=r"^positions are .*; they must be an int64 tensor of shape \(2,\)"):
+        model(some_tokens(2, 3), positions=positions)
+
+
+@pytest.mark.parametrize("positions", [[-1, 0], [0, 62], [64, 3]])
+def test_positions_outside_the_context_are_named(model, positions):
+    with pytest.raises(ValueError, match=r"^Positions -?\d+ to \d+ exceed max_seq_len 64\.$"):
+        model(some_tokens(2, 3), positions=torch.tensor(positions))
+
+
+def test_start_pos_and_positions_exclude_each_other(model):
+    with pytest.raises(ValueError, match="Both start_pos and positions"):
+        model(some_tokens(2, 3), 0, positions=torch.tensor([0, 1]))
+
+
+def test_a_cache_needs_a_position(model, tiny_params):
+    with pytest.raises(ValueError, match="give start_pos or positions"):
+        model(some_tokens(2, 3), cache=new_cache(tiny_params))
+
+
+# --- inference mode ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_made_in_inference_mode_serves_outside_of_it(tiny_params, weights):
+    """The rotary table and the cache, first made there, broke each later call outside: they were inference tensors."""
+    model = build_model(tiny_params, weights)
+    tokens = some_tokens(2, 5)
+    with torch.inference_mode():
+        expected = model(tokens, 0).clone()
+
+    assert torch.equal(model(tokens, 0), expected)
+    loss = model(tokens).square().mean()
+    loss.backward()
+    assert model.layers[0].attention.wq.weight.grad.abs().sum() > 0

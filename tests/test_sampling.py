@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama import sampling
 from llama.sampling import log_probs, sample, sample_top_p
 from support import reference
 
@@ -235,3 +236,43 @@ def test_log_probs_of_half_precision_logits_are_float32():
 
 def test_a_certain_token_has_log_probability_zero():
     assert log_probs(torch.tensor([[0.0, 200.0, 0.0]]), torch.tensor([1])).item() == 0.0
+
+
+# --- sampling among the likeliest --------------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 3.0]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+    top_k=st.sampled_from([None, 1, 5, 15, 16, 40]),
+    levels=st.sampled_from([None, 4, 30]),
+)
+def test_the_likeliest_draw_as_the_whole_vocabulary_does(seed, temperature, top_p, top_k, levels):
+    """With few levels of logits nearly all are tied."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(5, 300, generator=generator)
+    logits = logits if levels is None else (logits * levels / 10).round()
+    uniforms = torch.rand(5, generator=generator)
+    arguments = (logits, uniforms, temperature, top_p, top_k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "CANDIDATES", 300)
+        expected = sampling.sample(*arguments)
+        patch.setattr(sampling, "CANDIDATES", 16)
+        assert torch.equal(sampling.sample(*arguments), expected)
+
+
+def test_a_sharp_distribution_is_not_sorted_whole(monkeypatch):
+    logits = torch.randn(2, 5000, generator=torch.Generator().manual_seed(1)) * 4
+    sizes, sort = [], torch.Tensor.sort
+
+    def counted(tensor, *args, **kwargs):
+        sizes.append(tensor.shape[-1])
+        return sort(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "sort", counted)
+    sampling.sample(logits, torch.tensor([0.2, 0.8]), 0.7, 0.9)
+    assert sizes == [256, 256]
+    sampling.sample(torch.zeros(2, 5000), torch.tensor([0.2, 0.8]), 0.7, 0.9)
+    assert sizes[-1] == 5000

@@ -1,0 +1,189 @@
+"""`Slots`: which row of text sits in which row of the cache, who enters next, and who leaves.
+
+What a slot's keys are is known from the ids that the cache notes for it. So a row's next ids to compute are always
+those of its context that its slot does not hold, and a free slot is worth the more to a new row the more ids at their
+beginnings agree. This module knows neither the model nor how ids are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llama.cache import KVCache
+from llama.rows import Row
+
+WORTH_SHARING = (
+    16  # ids that a slot and a new prompt have in common, from which the slot is sought out
+)
+
+
+def common_prefix(held: Sequence[int], ids: Sequence[int]) -> int:
+    """How many first ids agree."""
+    limit = min(len(held), len(ids))
+    for n in range(limit):
+        if held[n] != ids[n]:
+            return n
+    return limit
+
+
+class Slots:
+    """The rows of a cache, each with the row of text that sits in it, and the queue before them.
+
+    `followers` are rows of a call whose prompt equals that of another of its rows. They wait for that row: once its
+    prompt is through, its keys are copied to them.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        size = len(cache.ids)
+        self.rows: list[Row | None] = [None] * size
+        self.waiting: list[Row] = []
+        self.followers: dict[Row, list[Row]] = {}
+
+        # When each slot was taken and freed last, by a clock that counts such events.
+        self.clock = 0
+        self.taken = [0] * size
+        self.freed = [0] * size
+
+    def free_slots(self) -> list[int]:
+        """The slots without a row, least recently freed first."""
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        return sorted(free, key=lambda slot: self.freed[slot])
+
+    def filling(self) -> list[int]:
+        """The slots whose prompt is not through, the one that was taken first in front."""
+        slots = []
+        for slot, row in enumerate(self.rows):
+            if row is not None and len(self.cache.ids[slot]) < len(row.prompt):
+                slots.append(slot)
+        return sorted(slots, key=lambda slot: self.taken[slot])
+
+    def running(self) -> list[int]:
+        """The slots whose prompt is through."""
+        slots = []
+        for slot, row in enumerate(self.rows):
+            if row is not None and len(self.cache.ids[slot]) >= len(row.prompt):
+                slots.append(slot)
+        return slots
+
+    def everybody(self) -> list[Row]:
+        """The rows that sit, wait, or follow another."""
+        seated = [row for row in self.rows if row is not None]
+        following = [row for group in self.followers.values() for row in group]
+        return [*seated, *self.waiting, *following]
+
+    # --- entering ---
+
+    def queue(self, rows: Sequence[Row]) -> None:
+        """Let rows of equal prompts wait: the first for a slot, the others for the first."""
+        leader, *followers = rows
+        self.waiting.append(leader)
+        self.followers[leader] = followers
+
+    def enter(self) -> None:
+        """Give free slots to waiting rows, in the order of their arrival.
+
+        A slot that holds the beginning of a row's prompt goes to that row. The others are taken least recently freed
+        first, and the longest prompts get the lowest of them: what is left after a pass is then slots side by side.
+        """
+        free = self.free_slots()
+        entering = self.waiting[: len(free)]
+        del self.waiting[: len(free)]
+
+        strangers = []
+        for row in entering:
+            shared = [self.sharable(slot, row) for slot in free]
+            longest = max(shared)
+            if longest and longest >= min(WORTH_SHARING, len(row.prompt) // 2):
+                self.seat(row, free.pop(shared.index(longest)))
+            else:
+                strangers.append(row)
+
+        strangers.sort(key=lambda row: -len(row.prompt))
+        for row, slot in zip(strangers, sorted(free[: len(strangers)]), strict=True):
+            self.seat(row, slot)
+
+    def sharable(self, slot: int, row: Row) -> int:
+        """How many ids of a slot the row's prompt can go on from: never all, as the last one's logits are needed."""
+        if row.scores_prompt:
+            return 0
+        return common_prefix(self.cache.ids[slot], row.prompt[:-1])
+
+    def seat(self, row: Row, slot: int) -> None:
+        """Put a row into a slot, which keeps the ids that both have at their beginning."""
+        shared = self.sharable(slot, row)
+        del self.cache.ids[slot][shared:]
+        self.take(row, slot)
+
+    def take(self, row: Row, slot: int) -> None:
+        self.rows[slot] = row
+        self.cache.running.add(slot)
+        self.clock += 1
+        self.taken[slot] = self.clock
+
+    def join(self, slot: int) -> list[int]:
+        """Seat the rows that have the prompt of this slot, whose keys they get; return their slots."""
+        leader = self.rows[slot]
+        followers = self.followers.pop(leader, [])
+        free = sorted(self.free_slots()[: len(followers)])
+
+        for row, target in zip(followers, free, strict=False):
+            self.cache.copy(slot, target, len(leader.prompt))
+            self.take(row, target)
+
+        self.waiting[:0] = followers[len(free) :]
+        return free
+
+    def draw_together(self) -> None:
+        """Move the last running rows into gaps between the others while a quarter of the span, or more, is idle.
+
+        A move costs one reading and writing of a row's keys; an idle slot costs its share of every step to come.
+        """
+        while slots := self.running():
+            gaps = [slot for slot in range(slots[0], slots[-1]) if self.rows[slot] is None]
+            span = slots[-1] - slots[0] + 1
+            if not gaps or 4 * len(slots) > 3 * span:
+                return
+
+            last = slots[-1]
+            self.cache.copy(last, gaps[0], len(self.cache.ids[last]))
+            self.take(self.rows[last], gaps[0])
+            self.clear(last)
+
+    # --- leaving ---
+
+    def clear(self, slot: int) -> None:
+        """Free a slot; its keys stay, for a prompt that begins with the same ids."""
+        self.rows[slot] = None
+        self.cache.running.discard(slot)
+        self.clock += 1
+        self.freed[slot] = self.clock
+
+    def leave(self, slot: int) -> None:
+        """Let an ended row go. Rows that waited for its prompt now wait for a slot themselves."""
+        row = self.rows[slot]
+        self.clear(slot)
+        self.waiting[:0] = self.followers.pop(row, [])
+
+    def fail(self, slot: int, error: Exception) -> None:
+        """End a slot's row with an error, and wipe the slot: what is in it may be spoiled."""
+        row = self.rows[slot]
+        self.cache.wipe(slot)
+        if row is not None:
+            row.fail(error)
+            self.leave(slot)
+
+    def drop(self, rows: Sequence[Row]) -> None:
+        """End cancelled rows wherever they are."""
+        for row in rows:
+            row.end("cancelled")
+
+        for leader, group in self.followers.items():
+            self.followers[leader] = [row for row in group if not row.ended]
+        for slot, row in enumerate(self.rows):
+            if row is not None and row.ended:
+                self.leave(slot)
+
+        for row in [row for row in self.waiting if row.ended]:
+            self.waiting.remove(row)
+            self.waiting[:0] = self.followers.pop(row, [])

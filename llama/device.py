@@ -5,12 +5,23 @@ The only module that names kinds of GPUs. It knows nothing of models, files or r
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import functools
 import os
+import select
+import signal
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BELOW_AMX = "AVX512_CORE_FP16"  # oneDNN's name for the largest instruction set without AMX
+TRIAL_SECONDS = 10  # a child's product takes 0.02; a child that takes this long is stuck
 
 
 def choose_device(name: str | torch.device | None = None, index: int = 0) -> torch.device:
@@ -37,9 +48,87 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
 
 
 def use_device(device: torch.device) -> None:
-    """Make a GPU this process's current one, where collectives put what they send."""
+    """Prepare the device for this process, before anything is computed there.
+
+    A GPU becomes the process's current one, where collectives put what they send; a processor whose AMX instructions
+    do not work computes without them.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        avoid_broken_amx()
+
+
+@functools.cache
+def avoid_broken_amx() -> None:
+    """Tell oneDNN to leave AMX alone where a bfloat16 product would end this process.
+
+    Some virtual machines report the AMX instructions but do not let a program use them: torch's first bfloat16
+    product then dies with "Illegal instruction", which nothing can catch. So the first call tries one in a child
+    process. oneDNN reads the variable at its first operation. `os.putenv` is enough for oneDNN and leaves `os.environ`
+    alone. A process that computed with oneDNN before this call cannot be mended; a warning says so.
+    """
+    if sys.platform != "linux" or not claims_amx() or survives(multiply_bfloat16):
+        return
+
+    os.putenv("ONEDNN_MAX_CPU_ISA", BELOW_AMX)
+    if not survives(multiply_bfloat16):
+        advice = f"set ONEDNN_MAX_CPU_ISA={BELOW_AMX} before Python starts, or compute in float32"
+        warnings.warn(f"AMX does not work here, and bfloat16 products will end this process; {advice}.", stacklevel=3)
+
+
+def claims_amx() -> bool:
+    """Whether the processor says that it has AMX instructions."""
+    question = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return question is not None and question()
+
+
+def multiply_bfloat16() -> None:
+    """The smallest round product that oneDNN computes with AMX (at 16 and below, torch computes it itself)."""
+    x = torch.ones(64, 64, dtype=torch.bfloat16, device="cpu")
+    x @ x
+
+
+def survives(action: Callable[[], object]) -> bool:
+    """Whether a forked child comes back from `action`; True if it is stuck, as that proves nothing.
+
+    The child writes one byte into a pipe after the action. If the action fails, the pipe closes without it.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about other threads: the child does not need them
+        child = os.fork()
+    if child == 0:
+        try_and_leave(action, writer)
+
+    # The child now has the only writing end, so its death ends the wait.
+    os.close(writer)
+    pipe = select.poll()
+    pipe.register(reader)
+    try:
+        stuck = not pipe.poll(1000 * TRIAL_SECONDS)
+        return stuck or os.read(reader, 1) != b""
+
+    # Whatever happened, Ctrl-C included, no child and no open file stay behind.
+    finally:
+        os.close(reader)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # where the system collects dead children
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def try_and_leave(action: Callable[[], object], writer: int) -> NoReturn:
+    """Run `action` in the child, report if it came back, and leave without handlers or buffers of the parent."""
+    try:
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its death is no reason to write a core file
+        faulthandler.disable()  # nor to print a stack
+        torch.set_num_threads(1)  # threads do not outlive a fork
+        action()
+        os.write(writer, b"1")
+    finally:
+        os._exit(0)
 
 
 def collective_backend(device: torch.device) -> str | None:

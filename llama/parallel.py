@@ -4,6 +4,9 @@ With one rank there is no process group, no socket and no collective, and no env
 several, each holds a slice of every matrix (Megatron-LM, arXiv:1909.08053, section 3): column-parallel layers cut the
 output features, row-parallel ones the input features and add up their results, the embedding its features.
 
+Gradients are right on every rank: while autograd is on, sums and gathers go through fairscale's autograd functions.
+Otherwise the layers call the collectives directly, which costs less and lets torch compile a step without a break.
+
 Only this module imports fairscale and `torch.distributed`, and only this module reads the environment, for what
 `torchrun` says there. It knows nothing of Llama, of weight names or of tokens.
 """
@@ -22,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
+from fairscale.nn.model_parallel import mappings as fairscale_mappings
 from torch import Tensor, nn
 
 LARGE = 2**17  # numbers of a matrix from which `product` looks for the faster way round
@@ -132,10 +136,29 @@ def broadcast_object(value: Any, device: torch.device) -> Any:
     return box[0]
 
 
+def share_input(x: Tensor) -> Tensor:
+    """The same input for each rank's share of a matrix; the gradient of `x` is the sum over all shares."""
+    if torch.is_grad_enabled() and size() > 1:
+        return fairscale_mappings.copy_to_model_parallel_region(x)
+    return x
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, in place, on every rank."""
+    if size() == 1:
+        return x
+    if torch.is_grad_enabled():
+        return fairscale_mappings.reduce_from_model_parallel_region(x)
+    dist.all_reduce(x, group=fairscale_state.get_model_parallel_group())
+    return x
+
+
 def gather_features(x: Tensor) -> Tensor:
     """Put the ranks' shares of the last dimension side by side, on every rank."""
     if size() == 1:
         return x
+    if torch.is_grad_enabled():
+        return fairscale_mappings.gather_from_model_parallel_region(x)
     shares = [torch.empty_like(x) for _ in range(size())]
     dist.all_gather(shares, x.contiguous(), group=fairscale_state.get_model_parallel_group())
     return torch.cat(shares, dim=-1)
@@ -153,14 +176,16 @@ def hold(layer: nn.Module, rows: int, columns: int) -> None:
 
 
 def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
-    """x W': a weight that is no tensor knows its product itself.
+    """x W'. A quantized weight is a module and multiplies itself.
 
-    MKL, on a processor, multiplies 16 to 32 rows by a large float32 matrix 1.2 to 1.6 times faster as (W x')', the
-    other way round.
+    On a processor, MKL multiplies 16 to 32 rows by a large float32 matrix 1.2 to 1.6 times faster the other way
+    round, as (W x')'.
     """
     if isinstance(weight, nn.Module):
         return weight(x)
-    faster = MKL and 16 <= x.numel() // x.shape[-1] <= 32 and weight.numel() >= LARGE
+
+    rows = x.numel() // x.shape[-1]
+    faster = MKL and 16 <= rows <= 32 and weight.numel() >= LARGE
     if faster and x.is_cpu and x.dtype == torch.float32:
         return (weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
@@ -181,7 +206,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / ranks), or (..., out) if gathered."""
-        y = product(x, self.weight)
+        y = product(share_input(x), self.weight)
         return gather_features(y)[..., : self.out_features] if self.gather_output else y
 
 
@@ -196,10 +221,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / ranks) -> (..., out)."""
-        y = product(x, self.weight)
-        if size() > 1:
-            dist.all_reduce(y, group=fairscale_state.get_model_parallel_group())
-        return y
+        return add_up(product(x, self.weight))
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
 
 from bench import timed_collectives
-from llama import Llama, checkpoint, parallel
+from llama import Llama, Transformer, checkpoint, parallel
+from llama.model import FeedForward
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", 0))
@@ -86,8 +88,41 @@ def collectives_a_token(llama: Llama, prompts: list[list[int]]) -> Results:
     return {kind: (counts[1][kind] - counts[0][kind]) / 4 for kind in spent}
 
 
+def gradients(model: Transformer, tokens: list[list[int]]) -> Results:
+    """The loss of predicting each next token, and its gradient in each of this rank's weights."""
+    model.requires_grad_(True)
+    ids = torch.tensor(tokens)
+    logits = model(ids[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    found = {name: weight.grad.tolist() for name, weight in model.named_parameters()}
+    return {"loss": loss.item(), "weights": found}
+
+
+def gradients_of_an_input() -> Results:
+    """Of a feed-forward layer whose products are large enough for the way that MKL prefers."""
+    generator = torch.Generator().manual_seed(3)
+    layer, hidden = FeedForward(512, 1024), 1024 // parallel.size()
+    for linear, dim in ((layer.w1, 0), (layer.w2, 1), (layer.w3, 0)):
+        whole = torch.randn(1024, 512, generator=generator).mul(0.05)
+        whole = whole if dim == 0 else whole.T
+        linear.weight.data = whole.narrow(dim, parallel.rank() * hidden, hidden).contiguous()
+    found = {}
+    for rows in (1, 24, 40):
+        x = torch.randn(1, rows, 512, generator=generator).requires_grad_()
+        layer(x).square().mean().backward()
+        found[rows] = x.grad.flatten().tolist()
+    return found
+
+
 def layers_equal() -> Results:
-    """Whether our layers compute fairscale's numbers, bit for bit, from the same weights."""
+    """Whether our layers compute fairscale's numbers, bit for bit, from the same weights, with autograd and without."""
+    with torch.no_grad():
+        without = layers_equal_once()
+    return {name: equal and without[name] for name, equal in layers_equal_once().items()}
+
+
+def layers_equal_once() -> Results:
     torch.manual_seed(RANK)
     ids, x = torch.tensor([[0, 5, 6], [3, 3, 1]]), torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(5))
     share = parallel.ColumnParallelLinear(16, 16)(x).detach()
@@ -154,6 +189,8 @@ def pair(folder: Path, requests: dict, results: Results) -> None:
     names = [name for name, everything in requests["checkpoints"].items() if everything]
     results["collectives"] = {n: collectives_a_token(build(folder / n), requests["prompts"]) for n in names}
     results["layers"] = layers_equal()
+    results["gradients"] = {n: gradients(build(folder / n).model, requests["tokens"]) for n in requests["gradients"]}
+    results["input gradients"] = gradients_of_an_input()
     results["size"] = [parallel.rank(), parallel.size()]
     try:
         build(folder / "gqa2", model_parallel_size=1)

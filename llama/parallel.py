@@ -153,15 +153,35 @@ def add_up(x: Tensor) -> Tensor:
     return x
 
 
+def gather(x: Tensor) -> list[Tensor]:
+    """Every rank's tensor, on every rank; autograd does not see it."""
+    shares = [torch.empty_like(x) for _ in range(size())]
+    dist.all_gather(shares, x.contiguous(), group=fairscale_state.get_model_parallel_group())
+    return shares
+
+
 def gather_features(x: Tensor) -> Tensor:
     """Put the ranks' shares of the last dimension side by side, on every rank."""
     if size() == 1:
         return x
     if torch.is_grad_enabled():
         return fairscale_mappings.gather_from_model_parallel_region(x)
-    shares = [torch.empty_like(x) for _ in range(size())]
-    dist.all_gather(shares, x.contiguous(), group=fairscale_state.get_model_parallel_group())
-    return torch.cat(shares, dim=-1)
+    return torch.cat(gather(x), dim=-1)
+
+
+class SharedCopy(torch.autograd.Function):
+    """A weight of which `copies` neighbouring ranks hold the same; its gradient is the sum of what they find."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copies: int) -> Tensor:
+        ctx.first = rank() // copies * copies
+        ctx.copies = copies
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        holders = gather(gradient)[ctx.first : ctx.first + ctx.copies]
+        return torch.stack(holders).sum(dim=0), None
 
 
 def hold(layer: nn.Module, rows: int, columns: int) -> None:
@@ -196,17 +216,24 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
     fairscale's constructor would build the full matrix on every rank and on the CPU; this one makes the share alone,
     on any device, meta included. Features that the ranks do not divide are padded at the end and cut off again.
+
+    Where there are fewer things to share out than ranks, `copies` neighbouring ranks hold the same rows, counted that
+    many times in `out_features`: two key-value heads of dimension 64 on four ranks are 256 features in two copies.
     """
 
-    def __init__(self, in_features: int, out_features: int, gather_output: bool = False):
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False, copies: int = 1):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.in_features, self.out_features = in_features, out_features
+        self.gather_output, self.copies = gather_output, copies
         self.output_size_per_partition = -(-out_features // size())
         hold(self, self.output_size_per_partition, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / ranks), or (..., out) if gathered."""
-        y = product(share_input(x), self.weight)
+        weight = self.weight
+        if self.copies > 1 and isinstance(weight, Tensor) and torch.is_grad_enabled():
+            weight = SharedCopy.apply(weight, self.copies)
+        y = product(share_input(x), weight)
         return gather_features(y)[..., : self.out_features] if self.gather_output else y
 
 

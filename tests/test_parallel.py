@@ -15,7 +15,7 @@ from llama import ModelArgs
 from support.checkpoints import write_checkpoint
 from support.launching import Job, launch, succeeded
 from support.models import BASE_PARAMS, random_weights
-from support.rank_worker import answers, build, gradients, gradients_of_an_input
+from support.rank_worker import answers, build, gradients, gradients_of_an_input, gradients_of_copies
 
 SIZES = BASE_PARAMS | {"n_heads": 8, "dim": 64, "vocab_size": 480}
 MODELS = {
@@ -162,9 +162,9 @@ def test_collectives_of_a_token(pair):
 CUT_BY_COLUMNS = ("tok_embeddings", "wo", "w2")
 
 
-def put_together(name: str, shares: list[list]) -> np.ndarray:
+def put_together(name: str, shares: list[list], shape: tuple[int, ...]) -> np.ndarray:
     """A tensor from its shares; one that is not cut has to be the same on every rank."""
-    if "norm" in name:
+    if np.shape(shares[0]) == shape:
         for share in shares[1:]:
             np.testing.assert_array_equal(share, shares[0])
         return np.array(shares[0])
@@ -180,7 +180,7 @@ def test_gradients_of_shared_weights_are_those_of_one_rank(pair, folder, name):
         assert share["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert share["weights"].keys() == expected["weights"].keys()
     for weight, whole in expected["weights"].items():
-        together = put_together(weight, [share["weights"][weight] for share in found])
+        together = put_together(weight, [share["weights"][weight] for share in found], np.shape(whole))
         assert np.abs(whole).max() > 1e-3
         np.testing.assert_allclose(together[: len(whole)], whole, atol=1e-5, err_msg=weight)
         assert not together[len(whole) :].any(), f"{weight}: padding learns nothing"
@@ -193,6 +193,13 @@ def test_gradient_of_a_shared_input_is_whole_on_every_rank(pair):
         for rows, gradient in expected.items():
             assert np.abs(gradient).max() > 1e-4
             np.testing.assert_allclose(results["input gradients"][str(rows)], gradient, atol=1e-6)
+
+
+def test_gradient_of_a_matrix_in_copies_is_the_sum_of_what_its_holders_find(pair):
+    """So ranks that hold the same key-value head go on holding the same one after a step of training."""
+    expected = gradients_of_copies()
+    for results in pair.ranks:
+        assert_same(results["copies"], expected)
 
 
 def test_layers_equal_fairscales_bit_for_bit(job):

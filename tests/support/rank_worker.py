@@ -115,6 +115,18 @@ def gradients_of_an_input() -> Results:
     return found
 
 
+def gradients_of_copies() -> Results:
+    """Of a matrix that neighbouring ranks hold whole, each with its own use for the output."""
+    generator, copies = torch.Generator().manual_seed(4), parallel.size()
+    weight, x = torch.randn(6, 8, generator=generator), torch.randn(5, 8, generator=generator).requires_grad_()
+    uses = torch.randn(2, 5, 6, generator=generator)
+    layer = parallel.ColumnParallelLinear(8, 6 * copies, copies=copies)
+    layer.weight.data = weight
+    mine = uses.chunk(copies)[parallel.rank()]
+    (layer(x) * mine).sum().backward()
+    return {"weight": layer.weight.grad.tolist(), "input": x.grad.tolist()}
+
+
 def layers_equal() -> Results:
     """Whether our layers compute fairscale's numbers, bit for bit, from the same weights, with autograd and without."""
     with torch.no_grad():
@@ -191,6 +203,7 @@ def pair(folder: Path, requests: dict, results: Results) -> None:
     results["layers"] = layers_equal()
     results["gradients"] = {n: gradients(build(folder / n).model, requests["tokens"]) for n in requests["gradients"]}
     results["input gradients"] = gradients_of_an_input()
+    results["copies"] = gradients_of_copies()
     results["size"] = [parallel.rank(), parallel.size()]
     try:
         build(folder / "gqa2", model_parallel_size=1)

@@ -58,6 +58,16 @@ def rank() -> int:
     return fairscale_state.get_model_parallel_rank() if size() > 1 else 0
 
 
+def group() -> int:
+    """The index of this rank's group among those of the job that hold a model each; 0 if all share one model.
+
+    Four ranks in groups of two are groups 0, 0, 1 and 1. Groups work on prompts of their own, so whatever is drawn at
+    random and should differ between them takes this number into account.
+    """
+    number, _ = world()
+    return number // size()
+
+
 def initialize(model_parallel_size: int | None, backend: str | None, device: torch.device) -> None:
     """Form groups of `model_parallel_size` ranks (all by default) that share one model each.
 

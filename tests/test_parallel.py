@@ -231,6 +231,24 @@ def test_two_groups_of_two_work_on_their_own_prompts(four, folder):
     assert four.ranks[0]["halves"] != four.ranks[2]["halves"]
 
 
+def test_groups_are_numbered_in_the_order_of_their_ranks(alone, pair, four):
+    """All in one group, two groups of two, and each process on its own, with a process group and without."""
+    for job in (alone, pair, four):
+        assert {results["group of"] for results in job.ranks} == {0}
+    assert [results["group of, in pairs"] for results in four.ranks] == [0, 0, 1, 1]
+    assert [results["group of, apart"] for results in pair.ranks] == [0, 1]
+    assert [results["group of, apart"] for results in four.ranks] == [0, 1, 2, 3]
+
+
+@pytest.mark.xfail(strict=True, reason="calls without a seed do not ask for their group yet")
+def test_groups_draw_their_own_seeds(four, expected):
+    """Groups that were given the same prompts wrote the same texts; the first group draws what one process draws."""
+    drawn = [results["pairs unseeded"] for results in four.ranks]
+    assert drawn[0] == drawn[1] and drawn[2] == drawn[3]
+    assert drawn[0][0] == expected["gqa"]["unseeded"]
+    assert len({json.dumps(answer) for answers in (drawn[0], drawn[2]) for answer in answers}) == 4
+
+
 def test_a_group_made_by_build_is_destroyed_at_exit_and_anothers_is_not(pair, four):
     assert [results["group at exit"] for results in pair.ranks] == [False] * 2
     assert [results["group at exit"] for results in four.ranks] == [True] * 4

@@ -184,7 +184,7 @@ def watch_exit(results: Results, write: Callable[[], None]) -> None:
 
 def alone(folder: Path, requests: dict, results: Results) -> None:
     """One process: no group, whatever `torchrun` says; then fairscale's layers in a group of one, made here."""
-    results |= {"answers": all_answers(folder, requests), "group": dist.is_initialized()}
+    results |= {"answers": all_answers(folder, requests), "group": dist.is_initialized(), "group of": parallel.group()}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with model_parallel(1):
         results["layers"] = layers_equal()
@@ -195,6 +195,7 @@ def pair(folder: Path, requests: dict, results: Results) -> None:
     """Two processes, first each for itself, then sharing models over a group that the library makes."""
     results["apart"] = answers(build(folder / "gqa2", model_parallel_size=1), requests)
     results["group apart"] = dist.is_initialized()
+    results["group of, apart"] = parallel.group()
     results["answers"] = all_answers(folder, requests)
     results["disagreeing"] = disagreeing(build(folder / "gqa2", seed=1 + RANK), requests)
     results["held"] = {name: held_bytes(build(folder / name).model) for name in requests["checkpoints"]}
@@ -203,6 +204,7 @@ def pair(folder: Path, requests: dict, results: Results) -> None:
     results["layers"] = layers_equal()
     results["gradients"] = {n: gradients(build(folder / n).model, requests["tokens"]) for n in requests["gradients"]}
     results["input gradients"] = gradients_of_an_input()
+    results["group of"] = parallel.group()
     results["copies"] = gradients_of_copies()
     results["size"] = [parallel.rank(), parallel.size()]
     try:
@@ -217,12 +219,16 @@ def four(folder: Path, requests: dict, results: Results) -> None:
     results["answers"] = all_answers(folder, requests)
     results["disagreeing"] = disagreeing(build(folder / "gqa2", seed=1 + RANK), requests)
     results["layers"] = layers_equal()
+    results["group of"] = parallel.group()
     fairscale_state.destroy_model_parallel()
     llama = build(folder / "gqa2", model_parallel_size=2)
     results["pair of"] = [parallel.rank(), parallel.size()]
+    results["group of, in pairs"] = parallel.group()
+    results["pairs unseeded"] = [llama.generate(requests["prompts"], 5, 0.9, 0.95) for _ in range(2)]
     results["halves"] = llama.generate(requests["prompts"][RANK // 2 :][:2], 6 + RANK // 2, 0.9, 0.95, seed=RANK)
     fairscale_state.destroy_model_parallel()
     results["apart"] = answers(build(folder / "gqa2", model_parallel_size=1), requests)
+    results["group of, apart"] = parallel.group()
     dist.barrier()
 
 

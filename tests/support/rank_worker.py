@@ -77,6 +77,19 @@ def disagreeing(llama: Llama, requests: dict) -> Results:
     }
 
 
+def contradicted(llama: Llama, requests: dict) -> Results:
+    """Ids where every rank but the first finds the least likely token the likeliest."""
+    prompts = requests["prompts"]
+    if RANK:
+        llama.model.output.register_forward_hook(lambda layer, inputs, logits: -logits)
+    streamed = [(piece.row, piece.ids) for piece in llama.stream(prompts, 5, 0)]
+    return {
+        "greedy": llama.generate(prompts, 5, 0, echo=True)[0],
+        "sampled": llama.generate(prompts, 5, 0.9, 0.95, seed=11)[0],
+        "streamed": [[id for row, ids in streamed if row == index for id in ids] for index in range(len(prompts))],
+    }
+
+
 def collectives_a_token(llama: Llama, prompts: list[list[int]]) -> Results:
     """Calls that four more tokens of the answers take, for each of them."""
     counts = []
@@ -198,6 +211,7 @@ def pair(folder: Path, requests: dict, results: Results) -> None:
     results["group of, apart"] = parallel.group()
     results["answers"] = all_answers(folder, requests)
     results["disagreeing"] = disagreeing(build(folder / "gqa2", seed=1 + RANK), requests)
+    results["contradicted"] = contradicted(build(folder / "gqa2"), requests)
     results["held"] = {name: held_bytes(build(folder / name).model) for name in requests["checkpoints"]}
     names = [name for name, everything in requests["checkpoints"].items() if everything]
     results["collectives"] = {n: collectives_a_token(build(folder / n), requests["prompts"]) for n in names}
@@ -218,6 +232,7 @@ def four(folder: Path, requests: dict, results: Results) -> None:
     dist.init_process_group("gloo")
     results["answers"] = all_answers(folder, requests)
     results["disagreeing"] = disagreeing(build(folder / "gqa2", seed=1 + RANK), requests)
+    results["contradicted"] = contradicted(build(folder / "gqa2"), requests)
     results["layers"] = layers_equal()
     results["group of"] = parallel.group()
     fairscale_state.destroy_model_parallel()

@@ -5,12 +5,25 @@ The only module that names kinds of GPUs. It knows nothing of models, files or r
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
+import functools
 import os
+import select
+import signal
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BELOW_AMX = "AVX512_CORE_FP16"  # oneDNN's name for the largest instruction set without AMX
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+TRIAL_SECONDS = 10  # a child's product takes 0.02; a child that takes this long is stuck
 
 
 def choose_device(name: str | torch.device | None = None, index: int = 0) -> torch.device:
@@ -19,7 +32,7 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
     Raises `ValueError` for a device that is unknown or not here.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name, found in here.items() if found]
+    available = [kind for kind, found in here.items() if found]
     try:
         device = torch.device(available[0] if name is None else name)
     except (RuntimeError, TypeError):
@@ -28,18 +41,100 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
         raise ValueError(f"device {str(name)!r} is not available here; available: {', '.join(available)}.")
     if device.type != "cuda":
         return device
-    index = index if device.index is None else device.index
+
+    # Of several GPUs, the one that was named, or the one for this process of the machine.
+    if device.index is not None:
+        index = device.index
     count = torch.cuda.device_count()
     if index >= count:
-        advice = f"start at most {count} process{'es' * (count > 1)} a machine, one for each, or pass device='cpu'"
+        processes = "1 process" if count == 1 else f"{count} processes"
+        advice = f"start at most {processes} a machine, one for each, or pass device='cpu'"
         raise ValueError(f"GPU {index} was asked for, but this machine has {count}; {advice}.")
     return torch.device("cuda", index)
 
 
 def use_device(device: torch.device) -> None:
-    """Make a GPU this process's current one, where collectives put what they send."""
+    """Prepare the device for this process, before anything is computed there.
+
+    A GPU becomes the process's current one, where collectives put what they send; a processor whose AMX instructions
+    do not work computes without them.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        avoid_broken_amx()
+
+
+@functools.cache
+def avoid_broken_amx() -> None:
+    """Tell oneDNN to leave AMX alone where a bfloat16 product would end this process.
+
+    Some virtual machines report the AMX instructions but do not let a program use them: torch's first bfloat16
+    product then dies with "Illegal instruction", which nothing can catch. So the first call tries one in a child
+    process. oneDNN reads the variable at its first operation. `os.putenv` is enough for oneDNN and leaves `os.environ`
+    alone. A process that computed with oneDNN before this call cannot be mended; a warning says so.
+    """
+    if sys.platform != "linux" or not claims_amx() or survives(multiply_bfloat16):
+        return
+
+    os.putenv("ONEDNN_MAX_CPU_ISA", BELOW_AMX)
+    if not survives(multiply_bfloat16):
+        advice = f"set ONEDNN_MAX_CPU_ISA={BELOW_AMX} before Python starts, or compute in float32"
+        warnings.warn(f"AMX does not work here, and bfloat16 products will end this process; {advice}.", stacklevel=3)
+
+
+def claims_amx() -> bool:
+    """Whether the processor says that it has AMX instructions."""
+    question = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return question is not None and question()
+
+
+def multiply_bfloat16() -> None:
+    """The smallest round product that oneDNN computes with AMX (at 16 and below, torch computes it itself)."""
+    x = torch.ones(64, 64, dtype=torch.bfloat16, device="cpu")
+    x @ x
+
+
+def survives(action: Callable[[], object]) -> bool:
+    """Whether a forked child comes back from `action`; True if it is stuck, as that proves nothing.
+
+    The child writes one byte into a pipe after the action. If the action fails, the pipe closes without it.
+    """
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # about other threads: the child does not need them
+        child = os.fork()
+    if child == 0:
+        try_and_leave(action, writer)
+
+    # The child now has the only writing end, so its death ends the wait.
+    os.close(writer)
+    pipe = select.poll()
+    pipe.register(reader)
+    try:
+        stuck = not pipe.poll(1000 * TRIAL_SECONDS)
+        return stuck or os.read(reader, 1) != b""
+
+    # Whatever happened, Ctrl-C included, no child and no open file stay behind.
+    finally:
+        os.close(reader)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # where the system collects dead children
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def try_and_leave(action: Callable[[], object], writer: int) -> NoReturn:
+    """Run `action` in the child, report if it came back, and leave without handlers or buffers of the parent."""
+    try:
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its death is no reason to write a core file
+        faulthandler.disable()  # nor to print a stack
+        torch.set_num_threads(1)  # threads do not outlive a fork
+        action()
+        os.write(writer, b"1")
+    finally:
+        os._exit(0)
 
 
 def collective_backend(device: torch.device) -> str | None:
@@ -74,8 +169,11 @@ def choose_dtype(requested: str | torch.dtype | None, stored: torch.dtype, devic
         if dtype is None:
             raise ValueError(f"dtype {str(requested)!r} is not supported; use one of {', '.join(DTYPES)}.")
         return dtype
-    candidates = (stored, torch.float16, torch.float32)
-    return next(dtype for dtype in candidates if is_native(dtype, device))
+
+    for dtype in (stored, torch.float16):
+        if is_native(dtype, device):
+            return dtype
+    return torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -88,25 +186,37 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    limits = (system_memory(), container_memory())
+    return min((size for size in limits if size is not None), default=None)
+
+
+def system_memory() -> int | None:
+    """Bytes that the operating system can still give, or all there are where it does not say; None if neither."""
     try:
-        with open("/proc/meminfo") as meminfo:
+        with MEMINFO.open() as meminfo:
             sizes = dict(line.split(":", 1) for line in meminfo)
-        available = int(sizes["MemAvailable"].split()[0]) * 1024
-        return min(available, container_memory() or available)
+        kilobytes = sizes["MemAvailable"].split()[0]
+        return int(kilobytes) * 1024
     except (OSError, KeyError):
-        pass
+        pass  # not Linux
+
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return None
+        return None  # Windows
 
 
 def container_memory() -> int | None:
-    """Bytes left under a container's own limit (cgroup v2), None without one. Cached file pages count as free."""
-    folder = Path("/sys/fs/cgroup")
+    """Bytes left under a container's own limit (cgroup v2), None without one.
+
+    Cached pages of files count as free, as the system drops them when memory is needed.
+    """
     try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["file"]
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        sizes = dict(line.split() for line in lines)
+        cached = int(sizes["active_file"]) + int(sizes["inactive_file"])
     except (OSError, ValueError, KeyError):  # no such file, or the word "max"
         return None
-    return limit - used + int(cached)
+    return max(limit - used + cached, 0)

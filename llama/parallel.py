@@ -4,6 +4,9 @@ With one rank there is no process group, no socket and no collective, and no env
 several, each holds a slice of every matrix (Megatron-LM, arXiv:1909.08053, section 3): column-parallel layers cut the
 output features, row-parallel ones the input features and add up their results, the embedding its features.
 
+Gradients are right on every rank: while autograd is on, sums and gathers go through fairscale's autograd functions.
+Otherwise the layers call the collectives directly, which costs less and lets torch compile a step without a break.
+
 Only this module imports fairscale and `torch.distributed`, and only this module reads the environment, for what
 `torchrun` says there. It knows nothing of Llama, of weight names or of tokens.
 """
@@ -22,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
+from fairscale.nn.model_parallel import mappings as fairscale_mappings
 from torch import Tensor, nn
 
 LARGE = 2**17  # numbers of a matrix from which `product` looks for the faster way round
@@ -52,6 +56,16 @@ def size() -> int:
 def rank() -> int:
     """This process's place among the ranks that share its model."""
     return fairscale_state.get_model_parallel_rank() if size() > 1 else 0
+
+
+def group() -> int:
+    """The index of this rank's group among those of the job that hold a model each; 0 if all share one model.
+
+    Four ranks in groups of two are groups 0, 0, 1 and 1. Groups work on prompts of their own, so whatever is drawn at
+    random and should differ between them takes this number into account.
+    """
+    number, _ = world()
+    return number // size()
 
 
 def initialize(model_parallel_size: int | None, backend: str | None, device: torch.device) -> None:
@@ -132,13 +146,52 @@ def broadcast_object(value: Any, device: torch.device) -> Any:
     return box[0]
 
 
+def share_input(x: Tensor) -> Tensor:
+    """The same input for each rank's share of a matrix; the gradient of `x` is the sum over all shares."""
+    if torch.is_grad_enabled() and size() > 1:
+        return fairscale_mappings.copy_to_model_parallel_region(x)
+    return x
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, in place, on every rank."""
+    if size() == 1:
+        return x
+    if torch.is_grad_enabled():
+        return fairscale_mappings.reduce_from_model_parallel_region(x)
+    dist.all_reduce(x, group=fairscale_state.get_model_parallel_group())
+    return x
+
+
+def gather(x: Tensor) -> list[Tensor]:
+    """Every rank's tensor, on every rank; autograd does not see it."""
+    shares = [torch.empty_like(x) for _ in range(size())]
+    dist.all_gather(shares, x.contiguous(), group=fairscale_state.get_model_parallel_group())
+    return shares
+
+
 def gather_features(x: Tensor) -> Tensor:
     """Put the ranks' shares of the last dimension side by side, on every rank."""
     if size() == 1:
         return x
-    shares = [torch.empty_like(x) for _ in range(size())]
-    dist.all_gather(shares, x.contiguous(), group=fairscale_state.get_model_parallel_group())
-    return torch.cat(shares, dim=-1)
+    if torch.is_grad_enabled():
+        return fairscale_mappings.gather_from_model_parallel_region(x)
+    return torch.cat(gather(x), dim=-1)
+
+
+class SharedCopy(torch.autograd.Function):
+    """A weight of which `copies` neighbouring ranks hold the same; its gradient is the sum of what they find."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, copies: int) -> Tensor:
+        ctx.first = rank() // copies * copies
+        ctx.copies = copies
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        holders = gather(gradient)[ctx.first : ctx.first + ctx.copies]
+        return torch.stack(holders).sum(dim=0), None
 
 
 def hold(layer: nn.Module, rows: int, columns: int) -> None:
@@ -153,14 +206,16 @@ def hold(layer: nn.Module, rows: int, columns: int) -> None:
 
 
 def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
-    """x W': a weight that is no tensor knows its product itself.
+    """x W'. A quantized weight is a module and multiplies itself.
 
-    MKL, on a processor, multiplies 16 to 32 rows by a large float32 matrix 1.2 to 1.6 times faster as (W x')', the
-    other way round.
+    On a processor, MKL multiplies 16 to 32 rows by a large float32 matrix 1.2 to 1.6 times faster the other way
+    round, as (W x')'.
     """
     if isinstance(weight, nn.Module):
         return weight(x)
-    faster = MKL and 16 <= x.numel() // x.shape[-1] <= 32 and weight.numel() >= LARGE
+
+    rows = x.numel() // x.shape[-1]
+    faster = MKL and 16 <= rows <= 32 and weight.numel() >= LARGE
     if faster and x.is_cpu and x.dtype == torch.float32:
         return (weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
     return F.linear(x, weight)
@@ -171,17 +226,24 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
     fairscale's constructor would build the full matrix on every rank and on the CPU; this one makes the share alone,
     on any device, meta included. Features that the ranks do not divide are padded at the end and cut off again.
+
+    Where there are fewer things to share out than ranks, `copies` neighbouring ranks hold the same rows, counted that
+    many times in `out_features`: two key-value heads of dimension 64 on four ranks are 256 features in two copies.
     """
 
-    def __init__(self, in_features: int, out_features: int, gather_output: bool = False):
+    def __init__(self, in_features: int, out_features: int, gather_output: bool = False, copies: int = 1):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.gather_output = in_features, out_features, gather_output
+        self.in_features, self.out_features = in_features, out_features
+        self.gather_output, self.copies = gather_output, copies
         self.output_size_per_partition = -(-out_features // size())
         hold(self, self.output_size_per_partition, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / ranks), or (..., out) if gathered."""
-        y = product(x, self.weight)
+        weight = self.weight
+        if self.copies > 1 and isinstance(weight, Tensor) and torch.is_grad_enabled():
+            weight = SharedCopy.apply(weight, self.copies)
+        y = product(share_input(x), weight)
         return gather_features(y)[..., : self.out_features] if self.gather_output else y
 
 
@@ -196,10 +258,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / ranks) -> (..., out)."""
-        y = product(x, self.weight)
-        if size() > 1:
-            dist.all_reduce(y, group=fairscale_state.get_model_parallel_group())
-        return y
+        return add_up(product(x, self.weight))
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

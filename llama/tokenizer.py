@@ -12,8 +12,25 @@ from sentencepiece import SentencePieceProcessor
 
 from llama.files import refuse
 
-INFILLING_PIECES = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
+PREFIX, SUFFIX, MIDDLE, EOT = INFILLING_PIECES = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 MARK = "\ue000"  # a private character, in no vocabulary: no piece joins it to the text behind it
+
+
+def check_text(text: object) -> None:
+    """Raise `ValueError` for what is not a string, or holds half of a character.
+
+    A string may hold half of an emoji, a lone surrogate, where the text was cut in a system that counts in UTF-16.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"Text to encode must be a string, not {type(text).__name__}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        advice = "remove it, or cut the text elsewhere"
+        raise ValueError(
+            f"Text to encode holds {half!r} at index {error.start}, half of a character (a lone surrogate); {advice}."
+        ) from None
 
 
 class Tokenizer:
@@ -38,39 +55,57 @@ class Tokenizer:
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         self.pad_id: int = self.sp_model.pad_id()
-        self.prefix_id, self.suffix_id, self.middle_id, self.eot_id = map(self.find_piece, INFILLING_PIECES)
+        self.prefix_id = self.find_piece(PREFIX)
+        self.suffix_id = self.find_piece(SUFFIX)
+        self.middle_id = self.find_piece(MIDDLE)
+        self.eot_id = self.find_piece(EOT)
 
     def find_piece(self, piece: str) -> int | None:
-        id = self.sp_model.piece_to_id(piece)  # of a piece that is not there, the unknown id
+        """The id of a piece, None if the vocabulary lacks it."""
+        id = self.sp_model.piece_to_id(piece)  # the id of "unknown", where there is no such piece
         return id if self.sp_model.id_to_piece(id) == piece else None
 
     def encode(self, s: str, bos: bool, eos: bool, *, inner: bool = False) -> list[int]:
         """Ids of `s`, with the ids of beginning and end of sequence around them where asked.
 
         Text never becomes a special id: "<s>" is three characters like any other, "<PRE>" is five. A space before the
-        first word is implied, unless `inner` says that the text goes on inside another.
+        first word is implied, unless `inner` says that the text goes on inside another. Raises `ValueError` for
+        anything but a string of whole characters.
         """
-        if not isinstance(s, str):
-            raise ValueError(f"Text to encode must be a string, not {type(s).__name__}.")
-        sp = self.sp_model
-        ids = sp.encode(MARK + s)[len(sp.encode(MARK)) :] if inner else sp.encode(s)
-        return [self.bos_id] * bos + self.spell(ids) + [self.eos_id] * eos
+        check_text(s)
+        if inner:
+            marked = self.sp_model.encode(MARK + s)
+            ids = marked[len(self.sp_model.encode(MARK)) :]
+        else:
+            ids = self.sp_model.encode(s)
+
+        before = [self.bos_id] if bos else []
+        after = [self.eos_id] if eos else []
+        return before + self.spell(ids) + after
 
     def spell(self, ids: list[int]) -> list[int]:
-        """The ids with those of infilling pieces, which some vocabularies find in ordinary text, as characters."""
+        """The ids, but where an infilling piece was found in ordinary text, the ids of its characters instead.
+
+        Code Llama's vocabulary is one in which sentencepiece finds them. Half of a piece is not that piece.
+        """
         special = {self.prefix_id, self.suffix_id, self.middle_id, self.eot_id}
         if special.isdisjoint(ids):
             return ids
+
         spelled = []
         for id in ids:
+            if id not in special:
+                spelled.append(id)
+                continue
             text = self.sp_model.id_to_piece(id).replace("\u2581", " ")
-            halves = (text[:-1], text[-1]) if id in special else ()  # neither contains the piece
-            spelled += [part for half in halves for part in self.encode(half, False, False, inner=True)] or [id]
+            spelled += self.encode(text[:-1], bos=False, eos=False, inner=True)
+            spelled += self.encode(text[-1], bos=False, eos=False, inner=True)
         return spelled
 
     def decode(self, ids: int | Iterable[int]) -> str:
         """The text of the ids: special ids have none, bytes that form no UTF-8 character become U+FFFD."""
         ids = [ids] if isinstance(ids, int) else [int(id) for id in ids]
+
         for id in ids:
             if not 0 <= id < self.n_words:
                 raise ValueError(f"Token id {id} is outside the vocabulary of {self.n_words}.")
@@ -91,21 +126,23 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, begun: bool = False):
         self.sp_model = tokenizer.sp_model
-        self.begun = begun  # whether a piece with text has come, so that a leading space counts
+        self.begun = begun  # whether a piece with text has come; from then on a space at a piece's front is text
         self.bytes = b""  # the bytes of a character that is not complete
 
     def feed(self, id: int) -> str:
         """The characters that this id completes."""
         if self.sp_model.is_byte(id):
             self.begun = True
-            self.bytes += bytes([int(self.sp_model.id_to_piece(id)[1:-1], 16)])
+            self.bytes += bytes.fromhex(self.sp_model.id_to_piece(id)[3:-1])  # of "<0x0A>"
             return self.take_complete()
         if self.sp_model.is_control(id):
             return self.flush()
         return self.flush() + self.text_of(id)
 
     def text_of(self, id: int) -> str:
-        first, self.begun = not self.begun, True
+        """The text of a piece that is no byte, without the space at its front if no piece came before."""
+        first = not self.begun
+        self.begun = True
         if first or self.sp_model.is_unknown(id):
             return self.sp_model.decode([id])
         return self.sp_model.id_to_piece(id).replace("\u2581", " ")
@@ -115,16 +152,18 @@ class IncrementalDecoder:
         text = ""
         while self.bytes:
             try:
-                whole, self.bytes = self.bytes.decode(), b""
-                return text + whole
+                text += self.bytes.decode()
+                self.bytes = b""
+
             except UnicodeDecodeError as error:
                 if error.reason == "unexpected end of data" and error.start == 0:
-                    return text
+                    break  # the rest of the character may still come
                 text += self.bytes[: error.start].decode() + "\ufffd"
                 self.bytes = self.bytes[error.start + 1 :]
         return text
 
     def flush(self) -> str:
         """Give up waiting for the rest of a character: each byte held becomes U+FFFD."""
-        held, self.bytes = self.bytes, b""
-        return "\ufffd" * len(held)
+        count = len(self.bytes)
+        self.bytes = b""
+        return "\ufffd" * count

@@ -10,12 +10,14 @@ import sentencepiece as spm
 import torch
 from hypothesis import HealthCheck, settings
 
+from llama.device import use_device
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from support.models import BASE_PARAMS, VARIANTS
 from support.tokenizers import train_tokenizer
 
 torch.set_num_threads(1)
+use_device(torch.device("cpu"))  # as `Llama.build` does: some tests make a model without it
 settings.register_profile("llama", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("llama")
 

@@ -58,6 +58,31 @@ def test_text_never_gives_control_ids(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "half", "index"),
+    [
+        ("a smile \ud83d", r"'\ud83d'", 8),  # a cut emoji
+        ("\ude00", r"'\ude00'", 0),
+        ("日本\udc80 \ud83d", r"'\udc80'", 2),  # a file name that was no UTF-8; the first of several
+        ("\ud83d\ude00", r"'\ud83d'", 0),  # both halves, which Python does not join
+    ],
+)
+@pytest.mark.parametrize("inner", [False, True])
+def test_half_a_character_is_named_with_its_place(tokenizer, text, half, index, inner):
+    """sentencepiece answered with several lines about incompatible function arguments."""
+    with pytest.raises(ValueError) as caught:
+        tokenizer.encode(text, True, False, inner=inner)
+    message = str(caught.value)
+    assert half in message and f"index {index}," in message and "half of a character" in message
+    assert "\n" not in message and message.isascii()
+
+
+@pytest.mark.parametrize("text", [None, 7, b"text", ["text"]], ids=repr)
+def test_text_is_a_string(tokenizer, text):
+    with pytest.raises(ValueError, match=f"must be a string, not {type(text).__name__}"):
+        tokenizer.encode(text, True, False)
+
+
 @given(st.text())
 @example("<s>")
 @example("x</s>")

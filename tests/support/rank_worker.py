@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
 
 from bench import timed_collectives
-from llama import Llama, checkpoint, parallel
+from llama import Llama, Transformer, checkpoint, parallel
+from llama.model import FeedForward
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", 0))
@@ -75,6 +77,19 @@ def disagreeing(llama: Llama, requests: dict) -> Results:
     }
 
 
+def contradicted(llama: Llama, requests: dict) -> Results:
+    """Ids where every rank but the first finds the least likely token the likeliest."""
+    prompts = requests["prompts"]
+    if RANK:
+        llama.model.output.register_forward_hook(lambda layer, inputs, logits: -logits)
+    streamed = [(piece.row, piece.ids) for piece in llama.stream(prompts, 5, 0)]
+    return {
+        "greedy": llama.generate(prompts, 5, 0, echo=True)[0],
+        "sampled": llama.generate(prompts, 5, 0.9, 0.95, seed=11)[0],
+        "streamed": [[id for row, ids in streamed if row == index for id in ids] for index in range(len(prompts))],
+    }
+
+
 def collectives_a_token(llama: Llama, prompts: list[list[int]]) -> Results:
     """Calls that four more tokens of the answers take, for each of them."""
     counts = []
@@ -86,8 +101,53 @@ def collectives_a_token(llama: Llama, prompts: list[list[int]]) -> Results:
     return {kind: (counts[1][kind] - counts[0][kind]) / 4 for kind in spent}
 
 
+def gradients(model: Transformer, tokens: list[list[int]]) -> Results:
+    """The loss of predicting each next token, and its gradient in each of this rank's weights."""
+    model.requires_grad_(True)
+    ids = torch.tensor(tokens)
+    logits = model(ids[:, :-1])
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    found = {name: weight.grad.tolist() for name, weight in model.named_parameters()}
+    return {"loss": loss.item(), "weights": found}
+
+
+def gradients_of_an_input() -> Results:
+    """Of a feed-forward layer whose products are large enough for the way that MKL prefers."""
+    generator = torch.Generator().manual_seed(3)
+    layer, hidden = FeedForward(512, 1024), 1024 // parallel.size()
+    for linear, dim in ((layer.w1, 0), (layer.w2, 1), (layer.w3, 0)):
+        whole = torch.randn(1024, 512, generator=generator).mul(0.05)
+        whole = whole if dim == 0 else whole.T
+        linear.weight.data = whole.narrow(dim, parallel.rank() * hidden, hidden).contiguous()
+    found = {}
+    for rows in (1, 24, 40):
+        x = torch.randn(1, rows, 512, generator=generator).requires_grad_()
+        layer(x).square().mean().backward()
+        found[rows] = x.grad.flatten().tolist()
+    return found
+
+
+def gradients_of_copies() -> Results:
+    """Of a matrix that neighbouring ranks hold whole, each with its own use for the output."""
+    generator, copies = torch.Generator().manual_seed(4), parallel.size()
+    weight, x = torch.randn(6, 8, generator=generator), torch.randn(5, 8, generator=generator).requires_grad_()
+    uses = torch.randn(2, 5, 6, generator=generator)
+    layer = parallel.ColumnParallelLinear(8, 6 * copies, copies=copies)
+    layer.weight.data = weight
+    mine = uses.chunk(copies)[parallel.rank()]
+    (layer(x) * mine).sum().backward()
+    return {"weight": layer.weight.grad.tolist(), "input": x.grad.tolist()}
+
+
 def layers_equal() -> Results:
-    """Whether our layers compute fairscale's numbers, bit for bit, from the same weights."""
+    """Whether our layers compute fairscale's numbers, bit for bit, from the same weights, with autograd and without."""
+    with torch.no_grad():
+        without = layers_equal_once()
+    return {name: equal and without[name] for name, equal in layers_equal_once().items()}
+
+
+def layers_equal_once() -> Results:
     torch.manual_seed(RANK)
     ids, x = torch.tensor([[0, 5, 6], [3, 3, 1]]), torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(5))
     share = parallel.ColumnParallelLinear(16, 16)(x).detach()
@@ -137,7 +197,7 @@ def watch_exit(results: Results, write: Callable[[], None]) -> None:
 
 def alone(folder: Path, requests: dict, results: Results) -> None:
     """One process: no group, whatever `torchrun` says; then fairscale's layers in a group of one, made here."""
-    results |= {"answers": all_answers(folder, requests), "group": dist.is_initialized()}
+    results |= {"answers": all_answers(folder, requests), "group": dist.is_initialized(), "group of": parallel.group()}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with model_parallel(1):
         results["layers"] = layers_equal()
@@ -148,12 +208,18 @@ def pair(folder: Path, requests: dict, results: Results) -> None:
     """Two processes, first each for itself, then sharing models over a group that the library makes."""
     results["apart"] = answers(build(folder / "gqa2", model_parallel_size=1), requests)
     results["group apart"] = dist.is_initialized()
+    results["group of, apart"] = parallel.group()
     results["answers"] = all_answers(folder, requests)
     results["disagreeing"] = disagreeing(build(folder / "gqa2", seed=1 + RANK), requests)
+    results["contradicted"] = contradicted(build(folder / "gqa2"), requests)
     results["held"] = {name: held_bytes(build(folder / name).model) for name in requests["checkpoints"]}
     names = [name for name, everything in requests["checkpoints"].items() if everything]
     results["collectives"] = {n: collectives_a_token(build(folder / n), requests["prompts"]) for n in names}
     results["layers"] = layers_equal()
+    results["gradients"] = {n: gradients(build(folder / n).model, requests["tokens"]) for n in requests["gradients"]}
+    results["input gradients"] = gradients_of_an_input()
+    results["group of"] = parallel.group()
+    results["copies"] = gradients_of_copies()
     results["size"] = [parallel.rank(), parallel.size()]
     try:
         build(folder / "gqa2", model_parallel_size=1)
@@ -166,13 +232,18 @@ def four(folder: Path, requests: dict, results: Results) -> None:
     dist.init_process_group("gloo")
     results["answers"] = all_answers(folder, requests)
     results["disagreeing"] = disagreeing(build(folder / "gqa2", seed=1 + RANK), requests)
+    results["contradicted"] = contradicted(build(folder / "gqa2"), requests)
     results["layers"] = layers_equal()
+    results["group of"] = parallel.group()
     fairscale_state.destroy_model_parallel()
     llama = build(folder / "gqa2", model_parallel_size=2)
     results["pair of"] = [parallel.rank(), parallel.size()]
+    results["group of, in pairs"] = parallel.group()
+    results["pairs unseeded"] = [llama.generate(requests["prompts"], 5, 0.9, 0.95) for _ in range(2)]
     results["halves"] = llama.generate(requests["prompts"][RANK // 2 :][:2], 6 + RANK // 2, 0.9, 0.95, seed=RANK)
     fairscale_state.destroy_model_parallel()
     results["apart"] = answers(build(folder / "gqa2", model_parallel_size=1), requests)
+    results["group of, apart"] = parallel.group()
     dist.barrier()
 
 

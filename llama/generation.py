@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llama import checkpoint, parallel, prompts
+from llama import formats, parallel, prompts
 from llama.decode import COMPILED, Batch, compiled_step, eager_step
 from llama.device import dtype_name
+from llama.kernels import FORMATS
 from llama.loading import check_vocabulary, join, load
 from llama.model import Transformer
 from llama.prompts import B_INST, B_SYS, E_INST, E_SYS, SPECIAL_TAGS, UNSAFE_ERROR, Dialog, Message, Role
-from llama.quantize import FORMATS
 from llama.request import ChatPrediction, CompletionPrediction, Options, Piece, Request, Row, Score, drain
 from llama.sampling import log_probs, sample, sample_top_p
 from llama.stopping import Completion
@@ -83,8 +83,8 @@ class Llama:
         for name, value, allowed in (("quantize", quantize, FORMATS), ("compile", compile, COMPILED)):
             if value is not None and value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be None or one of {', '.join(allowed)}.")
-        source = checkpoint.find(Path(ckpt_dir))
-        tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
+        source = formats.find(Path(ckpt_dir))
+        tokenizer = Tokenizer(tokenizer_path or formats.find_tokenizer(Path(ckpt_dir)))
         model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, device, dtype, quantize, lora)
         return Llama(model, tokenizer, seed=seed, compile=compile)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from llama.files import refuse
+from llama.formats.recognise import refuse
 
 INFILLING_PIECES = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
 MARK = "\ue000"  # a private character, in no vocabulary: no piece joins it to the text behind it

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import Llama, checkpoint
-from llama.convert import Bar, OutputFile, convert
+from llama import Llama, formats
+from llama.convert import convert
+from llama.formats.writing import Bar, OutputFile
 from support.checkpoints import write_checkpoint
 from support.models import BASE_PARAMS, random_weights
 
@@ -472,4 +473,4 @@ def test_a_source_that_is_open_elsewhere_is_only_read(source, tmp_path):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}
     convert(source, tmp_path / "out", to="hf")
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()} == before
-    assert checkpoint.find(tmp_path / "out").params["n_kv_heads"] == 2
+    assert formats.find(tmp_path / "out").params["n_kv_heads"] == 2

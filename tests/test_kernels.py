@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama import Llama, loading, quantize
+from llama import Llama, kernels, loading
 from llama.convert import convert
+from llama.kernels import FORMATS, GROUP, Int4, Int8
 from llama.model import ModelArgs
-from llama.quantize import FORMATS, GROUP, PACKED_ROWS, Int4, Int8
 from support.checkpoints import write_checkpoint
 from support.launching import launch
 from support.models import build_model, random_weights
@@ -23,7 +23,7 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def packed(kind: str, weight: torch.Tensor) -> quantize.Quantized:
+def packed(kind: str, weight: torch.Tensor) -> kernels.Quantized:
     """Quantized, and in the layout of this processor's kernel."""
     result = FORMATS[kind](*weight.shape)
     result.quantize(weight)
@@ -80,7 +80,7 @@ def test_large_matrices_are_quantized_some_rows_at_a_time(monkeypatch):
     weight = matrix(192, 64)
     for kind in FORMATS:
         whole = packed(kind, weight).dequantized()
-        monkeypatch.setattr(quantize, "ROWS_AT_ONCE", 50)
+        monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 50)
         assert torch.equal(packed(kind, weight).dequantized(), whole)
 
 
@@ -94,7 +94,7 @@ def test_int4_needs_whole_groups():
 
 def test_this_processor_has_a_packed_layout_that_is_understood():
     """Otherwise the next tests would compare one path with itself."""
-    assert quantize.block_width() in (16, 32)
+    assert kernels.block_width() in (16, 32)
     assert packed("int4", matrix(64, 64)).packed is not None
     assert packed("int4", matrix(50, 64)).packed is None
 
@@ -107,7 +107,7 @@ def test_products_are_those_of_the_dequantized_matrix(kind, shape, dtype, monkey
 
     However many of the matrix's rows are written out at once.
     """
-    weight, most = packed(kind, matrix(*shape)), PACKED_ROWS[kind]
+    weight, most = packed(kind, matrix(*shape)), FORMATS[kind].packed_rows
     for rows in ((1,), (1, 1), (2, 3), (most,), (most + 1,), (4, 30)):
         x = matrix(max(rows), shape[1], seed=1).expand(*rows, -1).contiguous().to(dtype)
         found, expected = weight(x), F.linear(x.float(), weight.dequantized())
@@ -115,7 +115,7 @@ def test_products_are_those_of_the_dequantized_matrix(kind, shape, dtype, monkey
         few = torch.Size(rows).numel() <= most
         tolerance = 6e-3 if few or dtype == torch.bfloat16 else 1e-5
         assert (found.float() - expected).norm() <= tolerance * expected.norm(), rows
-    monkeypatch.setattr(quantize, "WRITTEN_OUT", 1)
+    monkeypatch.setattr(kernels, "WRITTEN_OUT", 1)
     torch.testing.assert_close(weight(x), found)
 
 

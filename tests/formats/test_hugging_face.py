@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import Llama, ModelArgs, Tokenizer, checkpoint
+from llama import Llama, ModelArgs, Tokenizer, formats
+from llama.formats import hf_layout, hugging_face, reading, slicing
 from support import reference
 from support.checkpoints import write_checkpoint
 from support.models import BASE_PARAMS, as_float64, random_weights
@@ -127,7 +128,7 @@ def test_logits_equal_the_float64_reference(tmp_path, tokenizer_path, variant):
     model = make(variant)
     folder = save(model, tmp_path, tokenizer_path)
     config = model.config
-    weights = {ours: model.state_dict()[theirs].clone() for ours, theirs in checkpoint.hugging_face_names(2).items()}
+    weights = {ours: model.state_dict()[theirs].clone() for ours, theirs in hf_layout.hugging_face_names(2).items()}
     for name in [name for name in weights if ".wq." in name or ".wk." in name]:
         theirs = weights[name].clone()
         for row in range(theirs.shape[0]):
@@ -143,8 +144,8 @@ def test_logits_equal_the_float64_reference(tmp_path, tokenizer_path, variant):
 
 def test_rows_of_a_head_of_six():
     rows = torch.tensor([[0], [2], [4], [1], [3], [5], [10], [12], [14], [11], [13], [15]])
-    assert checkpoint.interleave(rows, 6).flatten().tolist() == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]
-    assert checkpoint.deinterleave(checkpoint.interleave(rows, 6), 6).equal(rows)
+    assert hf_layout.interleave(rows, 6).flatten().tolist() == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]
+    assert hf_layout.deinterleave(hf_layout.interleave(rows, 6), 6).equal(rows)
 
 
 def test_sizes(folder):
@@ -156,7 +157,7 @@ def test_sizes(folder):
 @pytest.mark.parametrize("dim, width", [(4096, 11008), (5120, 13824), (8192, 28672), (8192, 22016), (32, 1), (32, 85)])
 def test_any_feed_forward_width(dim, width):
     """The widths of 7B, 13B, 70B and 34B, and one below and one at two thirds of four times the dimension."""
-    params = checkpoint.feed_forward_params(dim, width)
+    params = hugging_face.feed_forward_params(dim, width)
     assert ModelArgs(dim=dim, **params).ffn_hidden_dim == width
     assert (params == {"multiple_of": 256}) == (width in (11008, 13824, 22016))
 
@@ -220,16 +221,16 @@ def test_a_stored_number_format_is_kept(tmp_path, tokenizer_path):
 
 def test_a_rank_reads_its_rows_alone(folder, monkeypatch):
     """No tensor of the file is asked for whole by one rank of two, but for the norms."""
-    source = checkpoint.find(folder)
+    source = formats.find(folder)
     source.open()
     asked = []
-    read = checkpoint.StoredTensor.narrow
+    read = reading.StoredTensor.narrow
 
     def narrow(self, dim, start, length):
         asked.append((tuple(self.shape), dim, start, length))
         return read(self, dim, start, length)
 
-    monkeypatch.setattr(checkpoint.StoredTensor, "narrow", narrow)
+    monkeypatch.setattr(reading.StoredTensor, "narrow", narrow)
     local = {
         "layers.0.attention.wq.weight": (16, 32),
         "layers.0.attention.wk.weight": (8, 32),
@@ -237,7 +238,8 @@ def test_a_rank_reads_its_rows_alone(folder, monkeypatch):
         "tok_embeddings.weight": (WORDS, 16),
         "norm.weight": (32,),
     }
-    shares = dict(checkpoint.slices(source.shards, local, rank=1, size=2, vocab_size=WORDS, kv_rows=16, head_dim=8))
+    sizes = {"vocab_size": WORDS, "kv_rows": 16, "head_dim": 8}
+    shares = dict(slicing.cut_for_rank(slicing.join(source.shards), local, rank=1, size=2, **sizes))
     assert asked == [
         ((32, 32), 0, 16, 16),
         ((16, 32), 0, 8, 8),

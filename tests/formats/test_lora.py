@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import Llama, checkpoint
-from llama.lora import Adapter
+from llama import Llama
+from llama.formats import slicing
+from llama.formats.lora import Adapter
 from support.checkpoints import write_checkpoint
 from support.models import hidden_size
 from support.transformers_names import renamed
@@ -128,8 +129,8 @@ def local_shape(name: str, whole: torch.Size, size: int, head_dim: int) -> tuple
     part, shape = name.split(".")[-2], list(whole)
     if part in ("wk", "wv"):
         shape[0] = max(shape[0] // size, head_dim)
-    elif part in checkpoint.CUT:
-        dim = checkpoint.CUT[part]
+    elif part in slicing.CUT:
+        dim = slicing.CUT[part]
         shape[dim] = -(-shape[dim] // size)
     return tuple(shape)
 
@@ -143,9 +144,9 @@ def test_each_rank_gets_its_part_of_the_merged_weights(tmp_path, size):
     base = meta_weights(new_base(params), params)
     shapes = {name: local_shape(name, weight.shape, size, 8) for name, weight in base.items()}
     for rank in range(size):
-        cut = functools.partial(checkpoint.slices, rank=rank, size=size, vocab_size=481, kv_rows=16, head_dim=8)
-        expected = dict(cut([merged], shapes))
-        ours = dict(Adapter(tmp_path, 2, 8).merge(cut([base], shapes), cut))
+        cut = functools.partial(slicing.cut_for_rank, rank=rank, size=size, vocab_size=481, kv_rows=16, head_dim=8)
+        expected = dict(cut(merged, shapes))
+        ours = dict(cut(Adapter(tmp_path, 2, 8).apply(base), shapes))
         assert ours.keys() == expected.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=name)

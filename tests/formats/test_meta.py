@@ -20,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama import Llama, ModelArgs, Transformer, checkpoint, loading, parallel
+from llama import Llama, ModelArgs, Transformer, loading, parallel
+from llama.formats import meta, slicing
+from llama.formats.reading import open_pickle
 from llama.model import KVCache
 from support.checkpoints import write_checkpoint
 from support.models import BASE_PARAMS, random_weights
@@ -294,7 +296,7 @@ def test_random_bytes_are_refused_in_words(folder):
             damaged[rng.randrange(2000)] = rng.randrange(256)
         path.write_bytes(rng.choice([rng.randbytes(300), b"\x80\x02" + rng.randbytes(300), bytes(damaged)]))
         try:
-            checkpoint.open_shard(path)
+            open_pickle(path)
         except ValueError as error:
             assert str(path) in str(error) and error.__suppress_context__
 
@@ -542,7 +544,7 @@ def pieces(whole: torch.Tensor, dim: int | None, count: int) -> list[torch.Tenso
 def cut(name: str, parts: list[torch.Tensor], local: tuple[int, ...], rank: int, size: int, **sizes) -> torch.Tensor:
     whole = {"vocab_size": 32, "kv_rows": HEADS * HEAD_DIM, "head_dim": HEAD_DIM} | sizes
     shards = [{name: part} for part in parts]
-    ((found, tensor),) = checkpoint.slices(shards, {name: local}, rank=rank, size=size, **whole)
+    ((found, tensor),) = slicing.cut_for_rank(slicing.join(shards), {name: local}, rank=rank, size=size, **whole)
     assert found == name and tuple(tensor.shape) == tuple(local)
     return tensor
 
@@ -603,10 +605,11 @@ def test_a_vocabulary_that_ranks_do_not_divide_is_padded_with_zeros(vocab, files
 
 def test_take_lays_pieces_side_by_side():
     left, right = counted(2, 3), counted(2, 2) + 100
-    assert checkpoint.take([left, right], 1, 2, 2).tolist() == [[3, 101], [6, 103]]
-    assert checkpoint.take([left, right], 1, 4, 2).tolist() == [[102, 0], [104, 0]]
-    assert checkpoint.take([left, right], 1, 5, 1).tolist() == [[0], [0]]
-    assert checkpoint.take([left], 0, 1, 1).tolist() == [[4, 5, 6]]
+    joined = slicing.Joined([left, right], 1)
+    assert slicing.take(joined, 1, 2, 2).tolist() == [[3, 101], [6, 103]]
+    assert slicing.take(joined, 1, 4, 2).tolist() == [[102, 0], [104, 0]]
+    assert slicing.take(joined, 1, 5, 1).tolist() == [[0], [0]]
+    assert slicing.take(left, 0, 1, 1).tolist() == [[4, 5, 6]]
 
 
 def same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -665,13 +668,13 @@ def test_one_rank_computes_on_the_mapped_file(folder):
 @only_linux
 def test_several_ranks_map_the_rows_of_their_file(tmp_path, tokenizer_path):
     folder = write_checkpoint(tmp_path / "model", PARAMS, weights(), tokenizer_path, shards=2)
-    paths = checkpoint.find_shards(folder)
-    shards = [checkpoint.open_shard(path) for path in paths]
+    paths = meta.find_shards(folder)
+    shards = [open_pickle(path) for path in paths]
     name = "layers.0.attention.wq.weight"
     assert all(is_mapped(shard[name], path) for shard, path in zip(shards, paths, strict=True))
     sizes = {"vocab_size": WORDS, "kv_rows": 16, "head_dim": 8}
     for rank in range(2):
-        ((_, share),) = checkpoint.slices(shards, {name: (16, 32)}, rank=rank, size=2, **sizes)
+        ((_, share),) = slicing.cut_for_rank(slicing.join(shards), {name: (16, 32)}, rank=rank, size=2, **sizes)
         assert is_mapped(share, paths[rank])
 
 

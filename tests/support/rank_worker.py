@@ -19,7 +19,8 @@ from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
 
 from bench import timed_collectives
-from llama import Llama, checkpoint, parallel
+from llama import Llama, parallel
+from llama.formats import meta
 
 torch.set_num_threads(1)
 RANK = int(os.environ.get("RANK", 0))
@@ -182,7 +183,7 @@ def fail_in_build(folder: Path, requests: dict, results: Results) -> None:
         def unreadable(path: Path) -> None:
             raise OSError("the second disk is gone")
 
-        checkpoint.open_shard = unreadable
+        meta.open_pickle = unreadable
     build(folder / "mha8").generate(requests["prompts"], 30, 0)
 
 

@@ -1,0 +1,148 @@
+"""A LoRA adapter in PEFT's layout: what it adds to the weights of a base model, and what it puts in their place.
+
+LoRA, arXiv:2106.09685, section 4.1: W becomes W + alpha / r * B A, where B has r columns and A has r rows. rsLoRA,
+arXiv:2312.03732, divides by sqrt(r) instead. Only the part of W that a rank holds is computed. Adapters have Hugging
+Face's names and order of rows, whatever layout their base has.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.formats.hf_layout import HALF_SPLIT, HalfSplit, hugging_face_names
+from llama.formats.reading import open_tensors, read_json
+from llama.formats.slicing import Slice
+
+# The keys of an adapter_config.json that do not change the sum above.
+HARMLESS = """alpha_pattern auto_mapping base_model_name_or_path eva_config exclude_modules inference_mode
+layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_version qalora_group_size
+r rank_pattern revision runtime_config target_modules task_type use_rslora"""
+
+# The values that other keys may have. Initialisations that are not listed begin by changing the base, so that their
+# products do not belong to the base as it is.
+ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "eva", "orthogonal"]}
+UNUSED = [None, False, [], {}]
+
+REPLACED = ("tok_embeddings.weight", "output.weight")  # `modules_to_save` may hold these, whole
+PREFIX = "base_model.model."  # of all names in an adapter's files
+
+
+class Product:
+    """The slice scale * B A, computed in float32."""
+
+    dtype = torch.float32
+
+    def __init__(self, a: Slice, b: Slice, scale: float):
+        self.a = a
+        self.b = b
+        self.scale = scale
+        self.shape = torch.Size((b.shape[0], a.shape[1]))
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        rows, columns = [(start, length) if d == dim else (0, whole) for d, whole in enumerate(self.shape)]
+        b = self.b.narrow(0, *rows).float()
+        a = self.a.narrow(1, *columns).float()
+        return self.scale * (b @ a)
+
+
+class Sum:
+    """The slice base + product, in float32: who asks for it rounds it, once."""
+
+    dtype = torch.float32
+
+    def __init__(self, base: Slice, product: Product):
+        self.base = base
+        self.product = product
+        self.shape = base.shape
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        return self.base.narrow(dim, start, length).float() + self.product.narrow(dim, start, length)
+
+
+class Adapter:
+    """The adapter in a folder, for a base of `n_layers` layers with heads of `head_dim`.
+
+    `changes` has, under Meta's names, a `Product` for a matrix to which the adapter adds, and another slice for one
+    that it replaces. Raises `FileNotFoundError` or `ValueError` for files that are missing or damaged, and for an
+    adapter that does anything but add products to the matrices of layers and replace the embedding and output layers.
+    """
+
+    def __init__(self, folder: Path, n_layers: int, head_dim: int):
+        self.folder = folder
+        self.config = read_json(folder / "adapter_config.json")
+        check_config(self.config, folder)
+
+        replaced, factors_a, factors_b = self.sort_tensors(n_layers, head_dim)
+        self.changes: dict[str, Slice] = replaced
+        for name, theirs in hugging_face_names(n_layers).items():
+            if name in factors_a or name in factors_b:
+                module = theirs.removesuffix(".weight")
+                self.changes[name] = self.product(module, factors_a.get(name), factors_b.get(name))
+
+    def sort_tensors(self, n_layers: int, head_dim: int) -> tuple[dict[str, Slice], dict[str, Slice], dict[str, Slice]]:
+        """The tensors that replace others, the factors A and the factors B, each under the name of what it changes."""
+        names = {f"{PREFIX}{theirs}": ours for ours, theirs in hugging_face_names(n_layers).items()}
+        sorted_tensors: dict[str, dict[str, Slice]] = {"": {}, "A": {}, "B": {}}
+        for key, tensor in self.open().items():
+            module, _, factor = key.removesuffix(".weight").partition(".lora_")
+            name = names.get(f"{module}.weight")
+
+            allowed = [""] if name in REPLACED else ["A", "B"]
+            if name is None or "norm" in name or factor not in allowed:
+                raise ValueError(
+                    f"{self.folder} changes {key}, which this library cannot merge into {n_layers} layers."
+                )
+            if factor == "B" and name.endswith(HALF_SPLIT):
+                tensor = HalfSplit(tensor, head_dim)  # the rows of B are the rows of W
+            sorted_tensors[factor][name] = tensor
+        return sorted_tensors[""], sorted_tensors["A"], sorted_tensors["B"]
+
+    def open(self) -> Mapping[str, Slice]:
+        for name in ("adapter_model.safetensors", "adapter_model.bin"):
+            if (self.folder / name).is_file():
+                return open_tensors(self.folder / name)
+        raise FileNotFoundError(f"No adapter_model.safetensors or adapter_model.bin in {self.folder}.")
+
+    def product(self, module: str, a: Slice | None, b: Slice | None) -> Product:
+        """What the adapter adds to a module's matrix. Raises `ValueError` for factors that do not fit each other."""
+        rank = self.setting("r", "rank_pattern", module)
+        alpha = self.setting("lora_alpha", "alpha_pattern", module)
+        shape_a = None if a is None else tuple(a.shape)
+        shape_b = None if b is None else tuple(b.shape)
+
+        whole = shape_a is not None and shape_b is not None and len(shape_a) == len(shape_b) == 2
+        if not whole or shape_a[0] != rank or shape_b[1] != rank:
+            found = f"lora_A {shape_a}, lora_B {shape_b} of {module}"
+            raise ValueError(f"{self.folder}: {found} need rank {rank}.")
+        return Product(a, b, alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+
+    def setting(self, key: str, patterns: str, module: str) -> float:
+        """The rank or alpha of a module: that of the first pattern that its name ends in, else the common one."""
+        for end, value in (self.config.get(patterns) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({end})", module):
+                return value
+        return self.config.get(key, 8)
+
+    def apply(self, slices: Mapping[str, Slice]) -> dict[str, Slice]:
+        """The slices of a whole base, changed. Raises `ValueError` for shapes that do not agree."""
+        changed = dict(slices)
+        for name, change in self.changes.items():
+            base = slices[name]
+            if tuple(change.shape) != tuple(base.shape):
+                what = f"its {name} has the shape {tuple(change.shape)}, but the base describes {tuple(base.shape)}"
+                raise ValueError(f"{self.folder} fits another base: {what}.")
+            changed[name] = Sum(base, change) if isinstance(change, Product) else change
+        return changed
+
+
+def check_config(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise `ValueError` for an adapter whose settings mean more than adding products."""
+    for key, value in ({"peft_type": None} | dict(config)).items():
+        if key not in HARMLESS.split() and value not in ALLOWED.get(key, UNUSED):
+            raise ValueError(f"{folder} asks for {key} {value!r}, which this library does not merge.")

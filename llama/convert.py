@@ -64,7 +64,7 @@ class Source:
         with torch.device("meta"):
             model = Transformer(self.args)
         self.shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-        self.matrices = {name: empty_matrix(model, name, quantize) for name in self.shapes}
+        self.matrices = {name: empty_matrix(model, name, quantize) for name in self.shapes}  # None: stays plain
         if expect_quantized(model, self.checkpoint):
             raise ValueError(f"{folder} is quantized; convert the original that it was made from.")
 
@@ -149,7 +149,8 @@ def convert(
         lora: folder of an adapter, merged into what is written.
         quantize: int8 or int4, for the matrices of the layers; one file in Meta's layout.
     """
-    src, dst = Path(str(src)), Path(str(dst))
+    src = Path(str(src))
+    dst = Path(str(dst))
     check_arguments(dst, to, shards, quantize)
     source = Source(src, tokenizer_path, dtype, lora, quantize)
     if to == "meta":
@@ -165,7 +166,9 @@ def check_arguments(dst: Path, to: str, shards: int | None, quantize: str | None
         raise ValueError(f"--to is {to!r}; it must be meta or hf.")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst} exists and is not an empty folder; give a new name, or remove it first.")
-    if quantize is not None and (quantize not in FORMATS or to != "meta" or shards not in (None, 1)):
+
+    one_file = to == "meta" and shards in (None, 1)
+    if quantize is not None and (quantize not in FORMATS or not one_file):
         allowed = f"one of {', '.join(FORMATS)}, into one file, --to meta"
         raise ValueError(f"--quantize is {quantize!r}; it must be {allowed}.")
 
@@ -173,7 +176,8 @@ def check_arguments(dst: Path, to: str, shards: int | None, quantize: str | None
 def write_into(dst: Path, source: Source, write: Callable[[Output], None]) -> None:
     """Have `write` fill the folder `dst`, under a temporary name until all is there; leave nothing if it fails."""
     partial = dst.absolute().with_name(dst.name + ".partial")
-    free = shutil.disk_usage(next(parent for parent in partial.parents if parent.is_dir())).free
+    existing = next(parent for parent in partial.parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
     if source.total() > free:
         raise OSError(full(dst, source, free))
 
@@ -197,8 +201,10 @@ def write_into(dst: Path, source: Source, write: Callable[[Output], None]) -> No
 
 
 def full(dst: Path, source: Source, free: int) -> str:
-    needed = f"the converted weights take {source.total() / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"
-    return f"The disk of {dst} is full: {needed}; nothing was left there."
+    needed = f"{source.total() / 1e9:.2f} GB"
+    left = f"{free / 1e9:.2f} GB"
+    sizes = f"the converted weights take {needed} and {left} are free"
+    return f"The disk of {dst} is full: {sizes}; nothing was left there."
 
 
 # --- Meta's layout -----------------------------------------------------------------------------------------------
@@ -271,7 +277,10 @@ def plan_hf(source: Source, shards: int | None) -> dict[str, list[str]]:
 
     if count == 1:
         return {"model.safetensors": groups[0]}
-    return {f"model-{n:05d}-of-{count:05d}.safetensors": group for n, group in enumerate(groups, 1)}
+    plan = {}
+    for number, group in enumerate(groups, 1):
+        plan[f"model-{number:05d}-of-{count:05d}.safetensors"] = group
+    return plan
 
 
 def write_hf(source: Source, plan: Mapping[str, list[str]], output: Output) -> None:
@@ -288,20 +297,25 @@ def write_hf(source: Source, plan: Mapping[str, list[str]], output: Output) -> N
     output.copy(source.tokenizer_path, "tokenizer.model")
     if isinstance(source.checkpoint, HuggingFaceCheckpoint):
         for name in COMPANIONS:
-            if (source.checkpoint.folder / name).is_file():
-                output.copy(source.checkpoint.folder / name, name)
+            path = source.checkpoint.folder / name
+            if path.is_file():
+                output.copy(path, name)
     output.write_json("config.json", hf_config(source))
 
 
 def write_safetensors(source: Source, names: Mapping[str, str], output: Output, file: str) -> None:
     """Write the length of a JSON header (8 bytes), the header, then the numbers, tensor after tensor."""
-    code = next(code for code, dtype in DTYPES.items() if dtype == source.dtype)
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, theirs in names.items():
         begin = end
         end = begin + source.size(name)
-        header[theirs] = {"dtype": code, "shape": list(source.shapes[name]), "data_offsets": [begin, end]}
+        header[theirs] = {
+            "dtype": codes[source.dtype],
+            "shape": list(source.shapes[name]),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
 
@@ -311,7 +325,8 @@ def write_safetensors(source: Source, names: Mapping[str, str], output: Output, 
             tensor = source.share(name)
             if name.endswith(HALF_SPLIT):
                 tensor = deinterleave(tensor, source.args.head_dim)
-            out.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+            numbers = tensor.contiguous().view(torch.uint8)
+            out.write(memoryview(numbers.numpy()))
 
 
 def hf_config(source: Source) -> dict[str, Any]:
@@ -350,9 +365,14 @@ def hf_config(source: Source) -> dict[str, Any]:
 def main() -> None:
     sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the partial folder is removed
-    names = {*inspect.signature(convert).parameters, "help", "h"}
-    for flag in (argument.partition("=")[0] for argument in sys.argv[1:] if argument.startswith("-")):
-        if flag.lstrip("-").replace("-", "_") not in names:  # fire would say so when all is done
+
+    # A wrong flag: fire would name it only after the work is done.
+    parameters = inspect.signature(convert).parameters
+    known = {*parameters, "help", "h"}
+    for argument in sys.argv[1:]:
+        flag = argument.partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_")
+        if flag.startswith("-") and name not in known:
             sys.exit(f"{flag} is not a flag of llama.convert; --help lists them.")
     fire.Fire(convert)
 

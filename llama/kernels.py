@@ -25,6 +25,7 @@ from llama.parallel import ColumnParallelLinear, RowParallelLinear
 GROUP = 32  # numbers of an int4 row that share a scale and a zero
 ROWS_AT_ONCE = 1024  # rows of a matrix that are quantized at once
 WRITTEN_OUT = 2**21  # numbers of a matrix that are written out at once on a processor: 8 MB in float32
+ALL = slice(None)
 FIT_ROUNDS = 4  # of rounding and least squares by turns; each of them can only lower the error
 SMALLEST_SCALE = 1e-12  # of a row of zeros, which has no other
 
@@ -42,9 +43,10 @@ class Quantized(nn.Module, ABC):
     def __init__(self, parts: dict[str, tuple[int, int, torch.dtype]]):
         super().__init__()
         self.parts = parts
-        self.rows = next(iter(parts.values()))[0]
         for name, (rows, columns, dtype) in parts.items():
-            self.register_buffer(name, torch.empty(rows, columns, dtype=dtype))
+            empty = torch.empty(rows, columns, dtype=dtype)
+            self.register_buffer(name, empty)
+            self.rows = rows
 
     def quantize(self, weight: Tensor) -> None:
         """Take the numbers of `weight`, some rows at a time, so that their float32 form stays small."""
@@ -62,18 +64,24 @@ class Quantized(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), as `F.linear` of the dequantized matrix."""
         few = x.shape[:-1].numel() <= self.packed_rows
-        if few and self.has_kernel(x):
-            y = self.kernel(x.reshape(-1, x.shape[-1]).bfloat16())
-            return y.view(*x.shape[:-1], -1).type_as(x)
-        return self.written_out(x)
+        if not few or not self.has_kernel(x):
+            return self.written_out(x)
+
+        flat = x.reshape(-1, x.shape[-1])  # (rows, K)
+        y = self.kernel(flat.bfloat16())  # (rows, N)
+        return y.view(*x.shape[:-1], -1).type_as(x)
 
     def written_out(self, x: Tensor) -> Tensor:
         """The product of `x` and the matrix in plain numbers, on a processor some rows of the matrix at a time."""
         count = self.rows
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            count = max(64, WRITTEN_OUT // x.shape[-1] // 64 * 64)  # int4 is packed by 64 rows
+            blocks = WRITTEN_OUT // x.shape[-1] // 64  # of 64 rows, by which int4 is packed
+            count = 64 * max(blocks, 1)
 
-        products = [self.part(x, slice(start, start + count)) for start in range(0, self.rows, count)]
+        products = []
+        for start in range(0, self.rows, count):
+            rows = slice(start, start + count)
+            products.append(self.part(x, rows))
         return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
     def has_kernel(self, x: Tensor) -> bool:
@@ -85,7 +93,11 @@ class Quantized(nn.Module, ABC):
         """The packed product of x (rows, K) bfloat16, the format in which the kernels compute: (rows, N)."""
 
     @abstractmethod
-    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
+    def dequantized(
+        self,
+        dtype: torch.dtype = torch.float32,
+        rows: slice = ALL,
+    ) -> Tensor:
         """Some rows of the matrix, or all, as numbers of `dtype`."""
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
@@ -124,8 +136,14 @@ class Int8(Quantized):
         scale = self.scale[rows].view(-1).to(x.dtype)
         return F.linear(x, q) * scale
 
-    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
-        return self.int8[rows].to(dtype) * self.scale[rows].to(dtype)
+    def dequantized(
+        self,
+        dtype: torch.dtype = torch.float32,
+        rows: slice = ALL,
+    ) -> Tensor:
+        q = self.int8[rows].to(dtype)
+        scale = self.scale[rows].to(dtype)
+        return q * scale
 
 
 class Int4(Quantized):
@@ -161,21 +179,28 @@ class Int4(Quantized):
         scale, zero = fit_groups(groups)
         scale = scale.bfloat16()
         zero = zero.bfloat16()
-
-        q = (rounded(groups, scale.float(), zero.float()) + 8).flatten(1).byte()  # (N, K)
+        q = rounded(groups, scale.float(), zero.float()) + 8
+        q = q.flatten(1).byte()  # (N, K)
         low_halves = q[:, 0::2]
         high_halves = q[:, 1::2]
-        return low_halves | high_halves << 4, scale.squeeze(-1), zero.squeeze(-1)
+        pairs = low_halves | high_halves << 4  # (N, K / 2)
+        return pairs, scale.squeeze(-1), zero.squeeze(-1)
 
     def pack(self) -> None:
-        if self.int4.device.type != "cpu" or self.int4.shape[0] % 64 or block_width() is None:
+        width = block_width()
+        on_cpu = self.int4.device.type == "cpu"
+        whole_blocks = self.rows % 64 == 0
+        if not on_cpu or not whole_blocks or width is None:
             return
-        self.width = block_width()
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(self.numbers().int(), 1)
-        self.scale_and_zero = torch.stack((self.scale.T, self.zero.T), dim=-1).contiguous()  # (K / GROUP, N, 2)
+
+        q = self.numbers().int()
+        pairs = torch.stack((self.scale.T, self.zero.T), dim=-1)  # (K / GROUP, N, 2)
+        self.width = width
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+        self.scale_and_zero = pairs.contiguous()
         del self.int4, self.scale, self.zero
 
-    def numbers(self, rows: slice = slice(None)) -> Tensor:
+    def numbers(self, rows: slice = ALL) -> Tensor:
         """q of a matrix that is not packed, (N, K) uint8."""
         low_halves = self.int4[rows] & 15
         high_halves = self.int4[rows] >> 4
@@ -187,7 +212,11 @@ class Int4(Quantized):
     def kernel(self, x: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scale_and_zero)
 
-    def dequantized(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
+    def dequantized(
+        self,
+        dtype: torch.dtype = torch.float32,
+        rows: slice = ALL,
+    ) -> Tensor:
         if self.packed is None:
             q = self.numbers(rows)
             scale = self.scale[rows]
@@ -195,8 +224,11 @@ class Int4(Quantized):
         else:
             q = unpacked(self.packed[rows], self.width)
             scale, zero = self.scale_and_zero[:, rows].permute(2, 1, 0)
+
+        scale = scale.to(dtype).unsqueeze(-1)  # (N, K / GROUP, 1)
+        zero = zero.to(dtype).unsqueeze(-1)
         groups = q.to(dtype).sub_(8).unflatten(1, (-1, GROUP))  # (N, K / GROUP, GROUP)
-        return groups.mul_(scale.to(dtype).unsqueeze(-1)).add_(zero.to(dtype).unsqueeze(-1)).flatten(1)
+        return groups.mul_(scale).add_(zero).flatten(1)
 
 
 # --- int4 --------------------------------------------------------------------------------------------------------
@@ -218,17 +250,20 @@ def fit_groups(groups: Tensor) -> tuple[Tensor, Tensor]:
         mean = q.mean(-1, keepdim=True)
         spread = q - mean
         covariance = (spread * (groups - middle)).sum(-1, keepdim=True)
-        scale = covariance / spread.square().sum(-1, keepdim=True)
+        variance = spread.square().sum(-1, keepdim=True)
+        scale = covariance / variance
         zero = middle - scale * mean
 
     varied = scale.isfinite()  # in a group of equal numbers, nothing spreads
-    return scale.nan_to_num(0.0), torch.where(varied, zero, middle)
+    zero = torch.where(varied, zero, middle)
+    return scale.nan_to_num(0.0), zero
 
 
 def rounded(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """q - 8 of each number, -8 to 7, in float32."""
     divisor = scale.where(scale != 0, 1.0)
-    return ((groups - zero) / divisor).round_().clamp_(-8, 7)
+    steps = (groups - zero) / divisor
+    return steps.round_().clamp_(-8, 7)
 
 
 def unpacked(packed: Tensor, width: int) -> Tensor:
@@ -241,11 +276,14 @@ def unpacked(packed: Tensor, width: int) -> Tensor:
 @functools.cache
 def block_width() -> int | None:
     """The width of the blocks in torch's layout on this processor, found by packing known numbers."""
-    numbers = torch.arange(64 * GROUP, dtype=torch.int32, device="cpu").mul_(40503)  # in no simple order
-    known = (numbers >> 7 & 15).view(64, GROUP)
+    numbers = torch.arange(64 * GROUP, dtype=torch.int32, device="cpu")
+    scattered = numbers * 40503 >> 7 & 15  # 0..15, in no simple order
+    known = scattered.view(64, GROUP)
     packed = torch._convert_weight_to_int4pack_for_cpu(known, 1)
+
     for width in (32, 16):
-        if torch.equal(unpacked(packed, width).int(), known):
+        found = unpacked(packed, width)
+        if torch.equal(found.int(), known):
             return width
     return None
 

@@ -11,26 +11,35 @@ from torch import Tensor
 from llama.formats.slicing import Slice
 
 # From Meta's names to Hugging Face's: inside a layer, then outside the layers.
-ATTENTION = {"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"}
-FEED_FORWARD = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-NORMS = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-OUTER = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+IN_LAYER = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+OUTSIDE = {
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+}
 
 HALF_SPLIT = ("attention.wq.weight", "attention.wk.weight")  # ends of the names of matrices whose rows are reordered
 
 
 def hugging_face_names(n_layers: int) -> dict[str, str]:
     """From Meta's name of each tensor to Hugging Face's."""
-    parts = {f"attention.{ours}": f"self_attn.{theirs}" for ours, theirs in ATTENTION.items()}
-    parts |= {f"feed_forward.{ours}": f"mlp.{theirs}" for ours, theirs in FEED_FORWARD.items()}
-    parts |= NORMS
-
-    names = {
-        f"layers.{n}.{ours}.weight": f"model.layers.{n}.{theirs}.weight"
-        for n in range(n_layers)
-        for ours, theirs in parts.items()
-    }
-    return names | {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in OUTER.items()}
+    names = {}
+    for n in range(n_layers):
+        for ours, theirs in IN_LAYER.items():
+            names[f"layers.{n}.{ours}.weight"] = f"model.layers.{n}.{theirs}.weight"
+    for ours, theirs in OUTSIDE.items():
+        names[f"{ours}.weight"] = f"{theirs}.weight"
+    return names
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -39,12 +48,14 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
     The rotary embedding turns pairs of rows: i and i + D/2 of a head in Hugging Face's order, 2i and 2i + 1 in Meta's.
     A head of D = 6 whose rows are stored as 0 2 4 1 3 5 becomes 0 1 2 3 4 5.
     """
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    heads = rows.unflatten(0, (-1, 2, head_dim // 2))
+    return heads.transpose(1, 2).flatten(0, 2)
 
 
 def deinterleave(rows: Tensor, head_dim: int) -> Tensor:
     """Copy rows of q or k, whole heads, from Meta's order to Hugging Face's."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    heads = rows.unflatten(0, (-1, head_dim // 2, 2))
+    return heads.transpose(1, 2).flatten(0, 2)
 
 
 class HalfSplit:
@@ -60,8 +71,9 @@ class HalfSplit:
         if dim != 0:
             return interleave(self.stored.narrow(dim, start, length), self.head_dim)
 
-        # Whole heads are read, from the head of the first row to the head of the last, as rows move within their head.
+        # Rows move within their head: read whole heads, from that of the first row to that of the last.
         first = start // self.head_dim * self.head_dim
         end = -(-(start + length) // self.head_dim) * self.head_dim
-        rows = interleave(self.stored.narrow(0, first, end - first), self.head_dim)
+        heads = self.stored.narrow(0, first, end - first)
+        rows = interleave(heads, self.head_dim)
         return rows.narrow(0, start - first, length)

@@ -13,10 +13,18 @@ from llama.formats.reading import open_tensors, read_json
 from llama.formats.recognise import listing
 from llama.formats.slicing import Checkpoint
 
-SIZES = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
+SIZES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+}
 
 # What a config.json may say beyond sizes, and what it may not ask for at all: that would be another model.
-ALLOWED = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+ALLOWED = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+}
 REFUSED = ("attention_bias", "mlp_bias", "quantization_config")
 
 
@@ -37,7 +45,10 @@ class HuggingFaceCheckpoint(Checkpoint):
 
         # All files together are one shard, under Meta's names and with Meta's order of rows.
         ours = {theirs: name for name, theirs in self.names.items()}
-        shard = {ours.get(name, name): tensor for tensors in opened for name, tensor in tensors.items()}
+        shard = {}
+        for tensors in opened:
+            for name, tensor in tensors.items():
+                shard[ours.get(name, name)] = tensor
         head_dim = self.params["dim"] // self.params["n_heads"]
         for name in shard:
             if name.endswith(HALF_SPLIT):
@@ -100,7 +111,8 @@ def find_indexed_files(folder: Path, index: Path) -> list[Path]:
 def convert_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A `config.json` as the sizes of `params.json`. Raises `ValueError` for a model that is not computed here."""
     # What would make it another model.
-    for key, value in (ALLOWED | dict.fromkeys(REFUSED, False)).items():
+    fixed = ALLOWED | dict.fromkeys(REFUSED, False)
+    for key, value in fixed.items():
         if config.get(key) not in (None, value):
             raise ValueError(f"{path} asks for {key} {config[key]!r}; this library computes only {value!r}.")
 

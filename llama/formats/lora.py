@@ -26,7 +26,11 @@ r rank_pattern revision runtime_config target_modules task_type use_rslora"""
 
 # The values that other keys may have. Initialisations that are not listed begin by changing the base, so that their
 # products do not belong to the base as it is.
-ALLOWED = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian", "eva", "orthogonal"]}
+ALLOWED = {
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "init_lora_weights": [True, False, "gaussian", "eva", "orthogonal"],
+}
 UNUSED = [None, False, [], {}]
 
 REPLACED = ("tok_embeddings.weight", "output.weight")  # `modules_to_save` may hold these, whole
@@ -45,10 +49,14 @@ class Product:
         self.shape = torch.Size((b.shape[0], a.shape[1]))
 
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
-        rows, columns = [(start, length) if d == dim else (0, whole) for d, whole in enumerate(self.shape)]
-        b = self.b.narrow(0, *rows).float()
-        a = self.a.narrow(1, *columns).float()
-        return self.scale * (b @ a)
+        rows, columns = self.shape
+        if dim == 0:
+            a = self.a.narrow(1, 0, columns)
+            b = self.b.narrow(0, start, length)
+        else:
+            a = self.a.narrow(1, start, length)
+            b = self.b.narrow(0, 0, rows)
+        return self.scale * (b.float() @ a.float())
 
 
 class Sum:
@@ -62,7 +70,8 @@ class Sum:
         self.shape = base.shape
 
     def narrow(self, dim: int, start: int, length: int) -> Tensor:
-        return self.base.narrow(dim, start, length).float() + self.product.narrow(dim, start, length)
+        base = self.base.narrow(dim, start, length)
+        return base.float() + self.product.narrow(dim, start, length)
 
 
 class Adapter:
@@ -78,30 +87,34 @@ class Adapter:
         self.config = read_json(folder / "adapter_config.json")
         check_config(self.config, folder)
 
-        replaced, factors_a, factors_b = self.sort_tensors(n_layers, head_dim)
-        self.changes: dict[str, Slice] = replaced
+        found = self.sort_tensors(n_layers, head_dim)
+        factors_a = found["A"]
+        factors_b = found["B"]
+        self.changes = found["whole"]
         for name, theirs in hugging_face_names(n_layers).items():
             if name in factors_a or name in factors_b:
                 module = theirs.removesuffix(".weight")
-                self.changes[name] = self.product(module, factors_a.get(name), factors_b.get(name))
+                product = self.product(module, factors_a.get(name), factors_b.get(name))
+                self.changes[name] = product
 
-    def sort_tensors(self, n_layers: int, head_dim: int) -> tuple[dict[str, Slice], dict[str, Slice], dict[str, Slice]]:
-        """The tensors that replace others, the factors A and the factors B, each under the name of what it changes."""
-        names = {f"{PREFIX}{theirs}": ours for ours, theirs in hugging_face_names(n_layers).items()}
-        sorted_tensors: dict[str, dict[str, Slice]] = {"": {}, "A": {}, "B": {}}
+    def sort_tensors(self, n_layers: int, head_dim: int) -> dict[str, dict[str, Slice]]:
+        """The factors "A", the factors "B" and "whole" tensors, each under Meta's name of what it changes."""
+        found: dict[str, dict[str, Slice]] = {"A": {}, "B": {}, "whole": {}}
+        names = {theirs: name for name, theirs in hugging_face_names(n_layers).items()}
+
         for key, tensor in self.open().items():
             module, _, factor = key.removesuffix(".weight").partition(".lora_")
-            name = names.get(f"{module}.weight")
+            name = names.get(module.removeprefix(PREFIX) + ".weight")
+            kind = factor or "whole"
+            allowed = ["whole"] if name in REPLACED else ["A", "B"]
+            if name is None or "norm" in name or kind not in allowed or not key.startswith(PREFIX):
+                what = f"changes {key}, which this library cannot merge into {n_layers} layers"
+                raise ValueError(f"{self.folder} {what}.")
 
-            allowed = [""] if name in REPLACED else ["A", "B"]
-            if name is None or "norm" in name or factor not in allowed:
-                raise ValueError(
-                    f"{self.folder} changes {key}, which this library cannot merge into {n_layers} layers."
-                )
-            if factor == "B" and name.endswith(HALF_SPLIT):
+            if kind == "B" and name.endswith(HALF_SPLIT):
                 tensor = HalfSplit(tensor, head_dim)  # the rows of B are the rows of W
-            sorted_tensors[factor][name] = tensor
-        return sorted_tensors[""], sorted_tensors["A"], sorted_tensors["B"]
+            found[kind][name] = tensor
+        return found
 
     def open(self) -> Mapping[str, Slice]:
         for name in ("adapter_model.safetensors", "adapter_model.bin"):
@@ -116,15 +129,19 @@ class Adapter:
         shape_a = None if a is None else tuple(a.shape)
         shape_b = None if b is None else tuple(b.shape)
 
-        whole = shape_a is not None and shape_b is not None and len(shape_a) == len(shape_b) == 2
-        if not whole or shape_a[0] != rank or shape_b[1] != rank:
+        both = shape_a is not None and shape_b is not None
+        matrices = both and len(shape_a) == len(shape_b) == 2
+        if not matrices or shape_a[0] != rank or shape_b[1] != rank:
             found = f"lora_A {shape_a}, lora_B {shape_b} of {module}"
             raise ValueError(f"{self.folder}: {found} need rank {rank}.")
-        return Product(a, b, alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+
+        divisor = rank**0.5 if self.config.get("use_rslora") else rank
+        return Product(a, b, alpha / divisor)
 
     def setting(self, key: str, patterns: str, module: str) -> float:
         """The rank or alpha of a module: that of the first pattern that its name ends in, else the common one."""
-        for end, value in (self.config.get(patterns) or {}).items():
+        values = self.config.get(patterns) or {}
+        for end, value in values.items():
             if re.fullmatch(rf"(.*\.)?({end})", module):
                 return value
         return self.config.get(key, 8)
@@ -134,8 +151,10 @@ class Adapter:
         changed = dict(slices)
         for name, change in self.changes.items():
             base = slices[name]
-            if tuple(change.shape) != tuple(base.shape):
-                what = f"its {name} has the shape {tuple(change.shape)}, but the base describes {tuple(base.shape)}"
+            found = tuple(change.shape)
+            expected = tuple(base.shape)
+            if found != expected:
+                what = f"its {name} has the shape {found}, but the base describes {expected}"
                 raise ValueError(f"{self.folder} fits another base: {what}.")
             changed[name] = Sum(base, change) if isinstance(change, Product) else change
         return changed
@@ -143,6 +162,9 @@ class Adapter:
 
 def check_config(config: Mapping[str, Any], folder: Path) -> None:
     """Raise `ValueError` for an adapter whose settings mean more than adding products."""
-    for key, value in ({"peft_type": None} | dict(config)).items():
-        if key not in HARMLESS.split() and value not in ALLOWED.get(key, UNUSED):
+    settings = {"peft_type": None} | dict(config)
+    harmless = HARMLESS.split()
+    for key, value in settings.items():
+        allowed = ALLOWED.get(key, UNUSED)
+        if key not in harmless and value not in allowed:
             raise ValueError(f"{folder} asks for {key} {value!r}, which this library does not merge.")

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 # The dimension on which Meta's files, and our ranks, cut each matrix. Norms are not in it: every rank holds them whole.
-CUT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "tok_embeddings": 1, "output": 0}
+CUT = {
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "tok_embeddings": 1,
+    "output": 0,
+}
 
 # The number formats that weights may have, by their names in safetensors files.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -211,7 +221,9 @@ def cut_for_rank(
         if list(stored.shape) != whole:
             found = f"{stored_name(name)} has the shape {tuple(stored.shape)}"
             raise ValueError(f"{found}, but {sizes} describes {tuple(whole)}.")
-        yield name, take(stored, dim or 0, start, shape[dim or 0])
+        if dim is None:
+            dim = 0
+        yield name, take(stored, dim, start, shape[dim])
 
 
 def take(stored: Slice, dim: int, start: int, length: int) -> Tensor:

@@ -59,14 +59,14 @@ def test_int4_is_better_than_rounding_between_the_extremes(shape):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_rows_of_one_value_and_of_nothing(kind):
+def test_numbers_of_one_value_and_of_nothing(kind):
     for value in (0.0, 0.5, -2.0):
         weight = torch.full((64, 64), value)
         torch.testing.assert_close(packed(kind, weight).dequantized(), weight, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_an_outlier_hurts_its_own_row_or_group_alone(kind):
+def test_numbers_beside_an_outlier_suffer_in_its_row_or_group_alone(kind):
     weight = matrix(64, 128)
     weight[3, 5] = 50.0
     error = (packed(kind, weight).dequantized() - weight).abs()
@@ -76,7 +76,7 @@ def test_an_outlier_hurts_its_own_row_or_group_alone(kind):
     assert not hurt.any()
 
 
-def test_large_matrices_are_quantized_some_rows_at_a_time(monkeypatch):
+def test_numbers_of_large_matrices_are_taken_some_rows_at_a_time(monkeypatch):
     weight = matrix(192, 64)
     for kind in FORMATS:
         whole = packed(kind, weight).dequantized()
@@ -92,7 +92,7 @@ def test_int4_needs_whole_groups():
 # --- products ----------------------------------------------------------------------------------------------------
 
 
-def test_this_processor_has_a_packed_layout_that_is_understood():
+def test_int4_layout_of_this_processor_is_understood():
     """Otherwise the next tests would compare one path with itself."""
     assert kernels.block_width() in (16, 32)
     assert packed("int4", matrix(64, 64)).packed is not None
@@ -128,7 +128,7 @@ def test_products_in_float16_stay_finite(kind):
         assert (weight(x[:rows].half()).float() - expected[:rows]).norm() < 6e-3 * expected[:rows].norm()
 
 
-def test_an_inner_size_that_the_kernel_gets_wrong():
+def test_products_of_an_inner_size_that_torch_gets_wrong():
     """torch's int8 kernel needs multiples of 16 and does not say so."""
     weight, x = packed("int8", matrix(64, 24)), matrix(1, 24, seed=1)
     torch.testing.assert_close(weight(x), F.linear(x, weight.dequantized()))
@@ -159,7 +159,7 @@ def dequantized_weights(kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_model_is_that_of_the_dequantized_weights(folder, kind, capfd):
+def test_quantized_model_is_that_of_the_dequantized_weights(folder, kind, capfd):
     llama = build(folder, quantize=kind)
     assert f"float32 with {kind} matrices" in capfd.readouterr().err
     plain = build_model(PARAMS, dequantized_weights(kind), max_seq_len=48)
@@ -182,7 +182,7 @@ def test_quantized_logits_stay_near_the_original(folder):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_held_is_what_is_said(folder, kind):
+def test_quantized_model_holds_what_is_said(folder, kind):
     model = build(folder, quantize=kind).model
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     said = loading.held(model.params, 4, kind, 1)[0]
@@ -193,7 +193,7 @@ def test_what_is_held_is_what_is_said(folder, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_converted_checkpoint_loads_without_the_original(folder, tmp_path, kind):
+def test_quantized_checkpoint_loads_without_the_original(folder, tmp_path, kind):
     convert(folder, tmp_path / "small", quantize=kind)
     stored, fresh = build(tmp_path / "small"), build(folder, quantize=kind)
     tokens = torch.tensor([PROMPTS[2]])
@@ -211,21 +211,7 @@ def test_a_converted_checkpoint_loads_without_the_original(folder, tmp_path, kin
             build(tmp_path / "small", **options)
 
 
-def test_a_quantized_checkpoint_is_no_source(folder, tmp_path):
-    convert(folder, tmp_path / "small", quantize="int8")
-    with pytest.raises(ValueError, match="is quantized; convert the original"):
-        convert(tmp_path / "small", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-@pytest.mark.parametrize("options", [{"quantize": "int3"}, {"to": "hf"}, {"shards": 2}])
-def test_wrong_arguments_of_a_conversion(folder, tmp_path, options):
-    with pytest.raises(ValueError, match=r"--quantize is '\w+'; it must be"):
-        convert(folder, tmp_path / "small", **({"quantize": "int4"} | options))
-    assert not (tmp_path / "small").exists()
-
-
-def test_a_missing_part_is_named(folder, tmp_path):
+def test_quantized_checkpoint_without_a_part_is_named(folder, tmp_path):
     convert(folder, tmp_path / "small", quantize="int8")
     path = tmp_path / "small" / "consolidated.00.pth"
     state = torch.load(path, weights_only=True)
@@ -235,12 +221,12 @@ def test_a_missing_part_is_named(folder, tmp_path):
         build(tmp_path / "small")
 
 
-def test_an_unknown_format(folder):
+def test_quantized_format_that_is_unknown_is_named(folder):
     with pytest.raises(ValueError, match=r"quantize is 'fp8'.*int8, int4"):
         build(folder, quantize="fp8")
 
 
-def test_too_little_memory_names_the_formats_that_fit(monkeypatch):
+def test_quantized_formats_that_fit_the_memory_are_named(monkeypatch):
     args = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, max_batch_size=1, max_seq_len=128)
     monkeypatch.setattr(loading, "free_memory", lambda device: 8 * 10**9)
     with pytest.raises(RuntimeError, match="quantize='int8', or quantize='int4'"):
@@ -254,7 +240,7 @@ def test_too_little_memory_names_the_formats_that_fit(monkeypatch):
 # --- several ranks -----------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_compute_what_one_does(folder, tmp_path, tokenizer_path):
+def test_quantized_ranks_compute_what_one_does(folder, tmp_path, tokenizer_path):
     """Scales of int8 cover whole rows: cut on columns and quantized apart, the ranks' numbers differ a little."""
     write_checkpoint(tmp_path / "int8 now", PARAMS, random_weights(PARAMS, seed=5), tokenizer_path)
     cases = {"int8 now": {"quantize": "int8"}}

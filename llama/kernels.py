@@ -86,7 +86,8 @@ class Quantized(nn.Module, ABC):
 
     def has_kernel(self, x: Tensor) -> bool:
         """Whether a packed kernel multiplies `x`: on a processor, if 16 divides K, which torch does not check."""
-        return x.device.type == "cpu" and x.shape[-1] % 16 == 0
+        on_cpu = x.device.type == "cpu"
+        return on_cpu and x.shape[-1] % 16 == 0
 
     @abstractmethod
     def kernel(self, x: Tensor) -> Tensor:
@@ -102,7 +103,8 @@ class Quantized(nn.Module, ABC):
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
         """The product of `x` and some rows of the matrix in plain numbers."""
-        return F.linear(x, self.dequantized(x.dtype, rows))
+        weight = self.dequantized(x.dtype, rows)
+        return F.linear(x, weight)
 
 
 class Int8(Quantized):
@@ -126,7 +128,8 @@ class Int8(Quantized):
         return q.to(torch.int8), scale
 
     def kernel(self, x: Tensor) -> Tensor:
-        return torch._weight_int8pack_mm(x, self.int8, self.scale.view(-1))
+        scales = self.scale.view(-1)
+        return torch._weight_int8pack_mm(x, self.int8, scales)
 
     def part(self, x: Tensor, rows: slice) -> Tensor:
         """Multiply by q first, which float32 and bfloat16 hold exactly, and by the scale afterwards."""
@@ -153,8 +156,8 @@ class Int4(Quantized):
 
         columns  0 1 2 3   q = 1 2 3 4   ->   bytes 0x21 0x43
 
-    Once `pack` has been called, two other tensors stand in the place of these. Raises `ValueError` for a K that GROUP
-    does not divide.
+    Once `pack` has been called, two other tensors hold the matrix; `state_dict()` has the three all the same. Raises
+    `ValueError` for a K that GROUP does not divide.
     """
 
     bytes_a_number = 0.5 + 4 / GROUP
@@ -181,10 +184,7 @@ class Int4(Quantized):
         zero = zero.bfloat16()
         q = rounded(groups, scale.float(), zero.float()) + 8
         q = q.flatten(1).byte()  # (N, K)
-        low_halves = q[:, 0::2]
-        high_halves = q[:, 1::2]
-        pairs = low_halves | high_halves << 4  # (N, K / 2)
-        return pairs, scale.squeeze(-1), zero.squeeze(-1)
+        return join_halves(q), scale.squeeze(-1), zero.squeeze(-1)
 
     def pack(self) -> None:
         width = block_width()
@@ -193,18 +193,43 @@ class Int4(Quantized):
         if not on_cpu or not whole_blocks or width is None:
             return
 
-        q = self.numbers().int()
+        q = split_halves(self.int4)
         pairs = torch.stack((self.scale.T, self.zero.T), dim=-1)  # (K / GROUP, N, 2)
         self.width = width
-        self.packed = torch._convert_weight_to_int4pack_for_cpu(q, 1)
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(q.int(), 1)
         self.scale_and_zero = pairs.contiguous()
         del self.int4, self.scale, self.zero
 
-    def numbers(self, rows: slice = ALL) -> Tensor:
-        """q of a matrix that is not packed, (N, K) uint8."""
-        low_halves = self.int4[rows] & 15
-        high_halves = self.int4[rows] >> 4
-        return torch.stack((low_halves, high_halves), dim=-1).flatten(1)
+    def numbers(self, rows: slice = ALL) -> tuple[Tensor, Tensor, Tensor]:
+        """q (N, K) uint8, scale and zero (N, K / GROUP) of some rows, whether the matrix is packed or not."""
+        if self.packed is None:
+            return split_halves(self.int4[rows]), self.scale[rows], self.zero[rows]
+        scale, zero = self.scale_and_zero[:, rows].permute(2, 1, 0)
+        return unpacked(self.packed[rows], self.width), scale, zero
+
+    def stored(self) -> dict[str, Tensor]:
+        """The `parts`, as a checkpoint stores them, of a packed matrix too."""
+        q, scale, zero = self.numbers()
+        parts = {"int4": join_halves(q), "scale": scale, "zero": zero}
+        return {name: tensor.contiguous() for name, tensor in parts.items()}
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            for name, tensor in self.stored().items():
+                destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], *options: object) -> None:
+        packed = self.packed is not None
+        if packed:
+            for name, tensor in self.stored().items():
+                self.register_buffer(name, tensor)
+            self.packed = None
+            self.scale_and_zero = None
+
+        super()._load_from_state_dict(state_dict, *options)
+        if packed:
+            self.pack()
 
     def has_kernel(self, x: Tensor) -> bool:
         return super().has_kernel(x) and self.packed is not None
@@ -217,17 +242,11 @@ class Int4(Quantized):
         dtype: torch.dtype = torch.float32,
         rows: slice = ALL,
     ) -> Tensor:
-        if self.packed is None:
-            q = self.numbers(rows)
-            scale = self.scale[rows]
-            zero = self.zero[rows]
-        else:
-            q = unpacked(self.packed[rows], self.width)
-            scale, zero = self.scale_and_zero[:, rows].permute(2, 1, 0)
-
+        q, scale, zero = self.numbers(rows)
         scale = scale.to(dtype).unsqueeze(-1)  # (N, K / GROUP, 1)
         zero = zero.to(dtype).unsqueeze(-1)
-        groups = q.to(dtype).sub_(8).unflatten(1, (-1, GROUP))  # (N, K / GROUP, GROUP)
+        centred = q.to(dtype).sub_(8)
+        groups = centred.unflatten(1, (-1, GROUP))  # (N, K / GROUP, GROUP)
         return groups.mul_(scale).add_(zero).flatten(1)
 
 
@@ -266,9 +285,24 @@ def rounded(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return steps.round_().clamp_(-8, 7)
 
 
+def join_halves(q: Tensor) -> Tensor:
+    """Two neighbours in a byte, the even column in its lower half: (N, K) uint8 -> (N, K / 2) uint8."""
+    low_halves = q[:, 0::2]
+    high_halves = q[:, 1::2]
+    return low_halves | high_halves << 4
+
+
+def split_halves(pairs: Tensor) -> Tensor:
+    """The inverse of `join_halves`."""
+    low_halves = pairs & 15
+    high_halves = pairs >> 4
+    return torch.stack((low_halves, high_halves), dim=-1).flatten(1)
+
+
 def unpacked(packed: Tensor, width: int) -> Tensor:
     """(N, K) uint8 of torch's layout: for each block of 2 `width` rows, column after column, two rows share a byte."""
-    blocks = packed.view(-1, 2 * packed.shape[1], width)  # (N / 2 width, K, width)
+    columns = 2 * packed.shape[1]
+    blocks = packed.view(-1, columns, width)  # (N / 2 width, K, width)
     halves = torch.cat((blocks & 15, blocks >> 4), dim=-1)  # (N / 2 width, K, 2 width)
     return halves.transpose(1, 2).flatten(0, 1)
 

@@ -89,6 +89,41 @@ def test_int4_needs_whole_groups():
         Int4(64, 40)
 
 
+def test_int4_bytes_hold_the_even_column_in_their_lower_half():
+    """Writing and reading must not change together: what was stored once has to stay readable.
+
+    A row of 0 1 2 ... 15, twice, is exact at the scale 1 and the zero 8.
+    """
+    row = [*range(16), *range(16)]
+    found = Int4(1, GROUP)
+    found.quantize(torch.tensor([row], dtype=torch.float32))
+    assert found.int4.tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2]
+    assert (found.scale.item(), found.zero.item()) == (1.0, 8.0)
+    found.int4 = torch.tensor([[0x21, 0x43, *[0x88] * 14]], dtype=torch.uint8)
+    assert found.dequantized()[0].tolist() == [1.0, 2.0, 3.0, 4.0, *[8.0] * 28]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", [(64, 64), (50, 64)])
+def test_state_dict_has_the_parts_of_a_packed_matrix(kind, shape):
+    """A packed int4 matrix was missing from it, and a checkpoint of such a model lacked all of its layers."""
+    plain = FORMATS[kind](*shape)
+    plain.quantize(matrix(*shape))
+    held = packed(kind, matrix(*shape))
+    saved = held.state_dict()
+    assert list(saved) == list(plain.parts)
+    for name, tensor in plain.state_dict().items():
+        assert saved[name].equal(tensor) and saved[name].is_contiguous(), name
+
+    other = packed(kind, matrix(*shape, seed=1))
+    was_packed = getattr(other, "packed", None) is not None
+    other.load_state_dict(saved)
+    assert other.dequantized().equal(plain.dequantized())
+    assert (getattr(other, "packed", None) is not None) == was_packed
+    x = matrix(2, shape[1], seed=2)
+    assert other(x).equal(held(x))
+
+
 # --- products ----------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +225,16 @@ def test_quantized_model_holds_what_is_said(folder, kind):
 
 
 # --- stored quantized --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_quantized_checkpoint_is_the_state_of_the_model(folder, tmp_path, kind):
+    """`state_dict()` of a model that was quantized here is, tensor for tensor, what `convert` writes."""
+    convert(folder, tmp_path / "small", quantize=kind)
+    stored = torch.load(tmp_path / "small" / "consolidated.00.pth", weights_only=True)
+    state = build(folder, quantize=kind).model.state_dict()
+    assert stored.keys() == state.keys()
+    assert not [name for name in stored if not stored[name].equal(state[name])]
 
 
 @pytest.mark.parametrize("kind", FORMATS)

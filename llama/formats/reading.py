@@ -46,6 +46,7 @@ def open_pickle(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except Exception as error:  # a file that is no pickle makes the unpickler stumble in any way
+        refuse_little_memory(error, path)
         raise ValueError(f"{path} {unpickling_failed(error)}.") from None
 
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
@@ -58,6 +59,13 @@ def unpickling_failed(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):  # it names a function or a class
         return "holds more than tensors (pickled code), which was not run; use a file from a source you trust"
     return f"is cut short or not a PyTorch checkpoint ({first_line(error)}); fetch it again"
+
+
+def refuse_little_memory(error: Exception, path: Path) -> None:
+    """Raise `MemoryError` if that is what `error` says: the file may be whole. torch and the system have own words."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        what = f"There is too little memory to open {path}"
+        raise MemoryError(f"{what}; end other programs, or share the model among more machines.") from None
 
 
 def first_line(error: Exception) -> str:
@@ -95,6 +103,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         names = [name for name in file.keys() if not name.endswith(IGNORED)]  # noqa: SIM118
         return {name: StoredTensor(file.get_slice(name)) for name in names}
     except (SafetensorError, OSError) as error:
+        refuse_little_memory(error, path)
         what = f"is cut short or not a safetensors file ({first_line(error)})"
         raise ValueError(f"{path} {what}; fetch it again.") from None
 

@@ -75,7 +75,7 @@ class Source:
         self.slices = slicing.join(self.checkpoint.shards)
         self.check_shapes()
         if lora is not None:
-            adapter = Adapter(Path(str(lora)), self.args.n_layers, self.args.head_dim)
+            adapter = Adapter(str(lora), self.args.n_layers, self.args.head_dim)
             self.slices = adapter.apply(self.slices)
 
     def check_shapes(self) -> None:

@@ -83,8 +83,8 @@ class Llama:
         for name, value, allowed in (("quantize", quantize, FORMATS), ("compile", compile, COMPILED)):
             if value is not None and value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be None or one of {', '.join(allowed)}.")
-        source = formats.find(Path(ckpt_dir))
-        tokenizer = Tokenizer(tokenizer_path or formats.find_tokenizer(Path(ckpt_dir)))
+        source = formats.find(ckpt_dir)
+        tokenizer = Tokenizer(tokenizer_path or formats.find_tokenizer(source.folder))
         model = load(source, tokenizer.n_words, max_seq_len, max_batch_size, device, dtype, quantize, lora)
         return Llama(model, tokenizer, seed=seed, compile=compile)
 

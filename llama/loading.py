@@ -70,7 +70,7 @@ def load(
     check_memory(args, dtype, device, kind)
 
     # The numbers.
-    adapter = None if lora is None else Adapter(Path(lora), args.n_layers, args.head_dim)
+    adapter = None if lora is None else Adapter(lora, args.n_layers, args.head_dim)
     fill(model, share(model, source, adapter), device, dtype, quantize)
     model.own_cache()
     if parallel.world()[0] == 0:

@@ -37,8 +37,8 @@ MAY_IMPORT = {
     "formats.writing": set(),
     "formats.meta": {"formats.reading", "formats.recognise", "formats.slicing"},
     "formats.hugging_face": {"formats.hf_layout", "formats.reading", "formats.recognise", "formats.slicing"},
-    "formats.lora": {"formats.hf_layout", "formats.reading", "formats.slicing"},
-    "formats.__init__": {"formats.hugging_face", "formats.meta", "formats.slicing"},
+    "formats.lora": {"formats.hf_layout", "formats.reading", "formats.recognise", "formats.slicing"},
+    "formats.__init__": {"formats.hugging_face", "formats.meta", "formats.recognise", "formats.slicing"},
     "loading": {"device", "formats.lora", "formats.slicing", "kernels", "model", "parallel", "tokenizer"},
 }
 MAY_IMPORT["generation"] = set(MAY_IMPORT)

@@ -37,17 +37,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama.formats.recognise import folder_path
+
 if TYPE_CHECKING:
     from llama.formats.slicing import Checkpoint
 
 
-def find(folder: Path) -> Checkpoint:
+def find(folder: str | Path) -> Checkpoint:
     """Find the checkpoint in a folder; where the folder holds Meta's files and Hugging Face's, take Meta's.
 
     Raises `FileNotFoundError` or `ValueError` for a folder that is incomplete or holds something else.
     """
     from llama.formats import hugging_face, meta  # torch comes with them; `recognise` must be had without it
 
+    folder = folder_path(folder, "ckpt_dir", "the weights")
     if (folder / "config.json").is_file() and not any(folder.glob("consolidated.*.pth")):
         return hugging_face.find(folder)
     return meta.find(folder)

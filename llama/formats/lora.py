@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama.formats.hf_layout import HALF_SPLIT, HalfSplit, hugging_face_names
 from llama.formats.reading import open_tensors, read_json
+from llama.formats.recognise import folder_path
 from llama.formats.slicing import Slice
 
 # The keys of an adapter_config.json that do not change the sum above.
@@ -82,10 +83,10 @@ class Adapter:
     adapter that does anything but add products to the matrices of layers and replace the embedding and output layers.
     """
 
-    def __init__(self, folder: Path, n_layers: int, head_dim: int):
-        self.folder = folder
-        self.config = read_json(folder / "adapter_config.json")
-        check_config(self.config, folder)
+    def __init__(self, folder: str | Path, n_layers: int, head_dim: int):
+        self.folder = folder_path(folder, "lora", "the adapter")
+        self.config = read_json(self.folder / "adapter_config.json")
+        check_config(self.config, self.folder)
 
         found = self.sort_tensors(n_layers, head_dim)
         factors_a = found["A"]

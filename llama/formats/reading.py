@@ -102,7 +102,7 @@ def open_safetensors(path: Path) -> dict[str, StoredTensor]:
         file = safe_open(path, framework="pt")
         names = [name for name in file.keys() if not name.endswith(IGNORED)]  # noqa: SIM118
         return {name: StoredTensor(file.get_slice(name)) for name in names}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, MemoryError) as error:
         refuse_little_memory(error, path)
         what = f"is cut short or not a safetensors file ({first_line(error)})"
         raise ValueError(f"{path} {what}; fetch it again.") from None

@@ -6,6 +6,7 @@ This module looks at the first bytes and knows nothing else. It needs no torch.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def refuse(path: Path, expected: str, advice: str = "fetch it again") -> None:
     """Raise `ValueError` for a file that is plainly not the `expected` one."""
     if found := describe(path):
         raise ValueError(f"{path} is {found}, not {expected}; {advice}.")
+
+
+def folder_path(value: str | Path, argument: str, content: str) -> Path:
+    """The path given as an argument. Raises `ValueError` for what is no path, such as None."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{argument} is {value!r}; give the path of the folder that holds {content}.")
+    return Path(value)
 
 
 def listing(folder: Path, limit: int = 8) -> str:

@@ -55,6 +55,12 @@ def test_find_refuses_a_folder_that_does_not_exist(tmp_path):
     refusal(lambda: build(missing), str(missing), "does not exist", error=FileNotFoundError)
 
 
+@pytest.mark.parametrize("ckpt_dir", [None, True, 7, ["model"], b"model"], ids=repr)
+def test_find_refuses_what_is_no_path(ckpt_dir):
+    """`build(None)` ended in a bare TypeError."""
+    refusal(lambda: build(ckpt_dir), f"ckpt_dir is {ckpt_dir!r}", "the folder that holds the weights")
+
+
 def test_find_refuses_a_file_instead_of_a_folder(folder):
     path = folder / "consolidated.00.pth"
     refusal(lambda: build(path), str(path), "is a file", error=FileNotFoundError)

@@ -17,6 +17,7 @@ from llama.formats import slicing
 from llama.formats.lora import Adapter
 from support.checkpoints import write_checkpoint
 from support.models import hidden_size
+from support.refusals import refusal
 from support.transformers_names import renamed
 
 PARAMS = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 480, "multiple_of": 16, "norm_eps": 1e-5}
@@ -291,6 +292,11 @@ def test_adapter_files_that_are_missing_or_damaged_are_named(tmp_path, bases, si
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"No adapter_model\.safetensors or adapter_model\.bin in"):
         logits(bases["gqa"][0], lora=folder)
+
+
+@pytest.mark.parametrize("value", [True, 7, ["adapter"]], ids=repr)
+def test_adapter_that_is_no_path_is_refused(bases, value):
+    refusal(lambda: logits(bases["gqa"][0], lora=value), f"lora is {value!r}", "the folder that holds the adapter")
 
 
 def test_adapter_pickle_with_code_is_not_run(tmp_path, bases, simple):

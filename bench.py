@@ -40,14 +40,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import flags
-from llama import Llama, ModelArgs, Transformer, parallel, quantize
+from llama import Llama, ModelArgs, Transformer, kernels, parallel
 from llama.decode import Batch, compiled_step, eager_step
 from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, use_device
 from llama.loading import place
 
 DEMO = Path(__file__).parent / "demo"
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
-FORMATS = ("plain", "compiled", *quantize.FORMATS)
+FORMATS = ("plain", "compiled", *kernels.FORMATS)
 GGUF_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 RAGGED = (8, 64, 256, 512)  # tokens of each prompt
 SHAPES = {
@@ -97,7 +97,7 @@ def main(
     longest, most = max(*prompts, RAGGED[-1] * ragged) + steps, max(*batches, len(RAGGED) * ragged)
     model = load_checkpoint(ckpt_dir or DEMO, longest, most, device, dtype) if ckpt_dir or shape == "demo" \
         else random_model(shape, longest, most, device, dtype, layers)  # fmt: skip
-    if any(isinstance(module, quantize.Quantized) for module in model.modules()):
+    if any(isinstance(module, kernels.Quantized) for module in model.modules()):
         raise ValueError(f"{ckpt_dir} is quantized; give the original, with --formats int8,int4.")
     model.own_cache().clear()  # writes to every page: what a prefill needs does not include them
     where, kind = model.norm.weight.device, model.norm.weight.dtype
@@ -150,7 +150,7 @@ class Ours:
     """This library: prefill, then steps, the likeliest token each time."""
 
     def __init__(self, model: Transformer, form: str = "plain"):
-        self.model = quantized_copy(model, form) if form in quantize.FORMATS else model
+        self.model = quantized_copy(model, form) if form in kernels.FORMATS else model
         self.advance = compiled_step(model, "cudagraph") if form == "compiled" else eager_step(self.model)
         self.weight_bytes, self.cache_itemsize = step_weights(self.model, model), model.norm.weight.itemsize
 
@@ -170,7 +170,7 @@ def quantized_copy(model: Transformer, kind: str) -> Transformer:
         copy = Transformer(model.params)
     for name, weight in model.state_dict().items():
         place(copy, name, weight, weight.dtype, kind)
-    quantize.pack(copy)
+    kernels.pack(copy)
     copy.cache = model.own_cache()
     return copy.requires_grad_(False).eval()
 

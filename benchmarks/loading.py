@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Tokenizer, Transformer
-from llama.convert import Bar, Output, Source, convert, plan_hf, write_hf
+from llama.convert import Source, convert, plan_hf, write_hf
+from llama.formats.writing import Bar, Output
 
 SHAPES = {
     "7B": ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000),
@@ -45,10 +46,14 @@ class RandomSource(Source):
     """A checkpoint that is nowhere: sizes, and as many random numbers as are asked for."""
 
     def __init__(self, args: ModelArgs, tokenizer_path: Path):
-        self.args, self.dtype, self.checkpoint, self.matrices = args, torch.bfloat16, None, {}
-        self.tokenizer_path, self.tokenizer = tokenizer_path, Tokenizer(tokenizer_path)
+        self.args = args
+        self.dtype = torch.bfloat16
+        self.checkpoint = None
+        self.tokenizer_path = tokenizer_path
+        self.tokenizer = Tokenizer(tokenizer_path)
         with torch.device("meta"):
             self.shapes = {name: weight.shape for name, weight in Transformer(args).state_dict().items()}
+        self.matrices = dict.fromkeys(self.shapes)
         generator = torch.Generator().manual_seed(0)
         self.block = (torch.randn(2**22, generator=generator) * 0.02).bfloat16()
 

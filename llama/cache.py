@@ -5,16 +5,12 @@ Letters for shapes as in `model.py`. This module knows nothing of the network, n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from llama import parallel
-
-if TYPE_CHECKING:
-    from llama.model import ModelArgs
 
 
 @dataclass
@@ -32,17 +28,16 @@ class KVCache:
     running: set[int]
 
     @classmethod
-    def allocate(cls, args: ModelArgs, dtype: torch.dtype, device: torch.device | str) -> KVCache:
-        """An empty cache of `max_batch_size` rows of `max_seq_len` positions, for this rank's heads."""
-        kv_heads = max(args.kv_heads // parallel.size(), 1)
-        shape = (args.n_layers, args.max_batch_size, kv_heads, args.max_seq_len, args.head_dim)
-
+    def allocate(
+        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
+    ) -> KVCache:
+        """An empty cache; `shape` is (L, B, K, S, D)."""
         with torch.inference_mode(
             False
         ):  # a tensor made in that mode could not be written to outside of it
-            k = torch.zeros(shape, dtype=dtype, device=device)
-            v = torch.zeros(shape, dtype=dtype, device=device)
-        return cls(k, v, ids=[[] for _ in range(args.max_batch_size)], running=set())
+            k = torch.zeros(tuple(shape), dtype=dtype, device=device)
+            v = torch.zeros(tuple(shape), dtype=dtype, device=device)
+        return cls(k, v, ids=[[] for _ in range(shape[1])], running=set())
 
     def window(self, first: int, count: int, length: int) -> Window:
         """A view of `count` rows from row `first` on, and of their first `length` positions."""

@@ -1,21 +1,19 @@
 """`python -m llama.convert SRC DST`: any checkpoint that opens here, written anew in Meta's layout or Hugging Face's.
 
-Numbers are copied bit for bit unless another format is asked for. What is written grows under a temporary name and
-gets its own at the end, with the sizes last, so nothing unfinished can be taken for a checkpoint. Nothing imports this
-module; it does not know how the model computes.
+Numbers are copied bit for bit unless another format is asked for. The output grows under a temporary name and gets its
+own name at the end; the sizes are written last. So nothing unfinished can be taken for a checkpoint. Nothing imports
+this module, and it does not know how the model computes.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import inspect
 import json
-import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,94 +21,28 @@ import fire
 import torch
 from torch import Tensor
 
-from llama import checkpoint
-from llama.checkpoint import CUT, DTYPES, HALF_SPLIT, deinterleave, joined_shape, take
+from llama import formats
 from llama.device import choose_dtype, dtype_name
-from llama.loading import empty_matrix, model_args
-from llama.lora import Adapter, Product
+from llama.formats import slicing
+from llama.formats.hf_layout import HALF_SPLIT, deinterleave, hugging_face_names
+from llama.formats.hugging_face import HuggingFaceCheckpoint
+from llama.formats.lora import Adapter
+from llama.formats.slicing import DTYPES
+from llama.formats.writing import Bar, Output
+from llama.kernels import FORMATS
+from llama.loading import empty_matrix, expect_quantized, model_args
 from llama.model import ModelArgs, Transformer
-from llama.quantize import FORMATS
 from llama.tokenizer import Tokenizer
 
 HF_FILE_BYTES = 5 * 10**9  # of one safetensors file, unless their number is given
+
 # Beside the weights, and worth taking from one Hugging Face folder to another.
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-
-
-class Bar:
-    """How much of all bytes has been written, on standard error: redrawn at each percent if that is a terminal."""
-
-    def __init__(self, total: int):
-        self.total, self.written, self.shown = total, 0, -1
-
-    def advance(self, count: int) -> None:
-        self.written += count
-        percent = min(100 * self.written // max(self.total, 1), 100)
-        if percent > self.shown and (percent == 100 or sys.stderr.isatty()):
-            self.shown = percent
-            bar = f"[{'#' * (percent // 4):<25}] {percent:3d}%  {self.written / 1e9:.2f} of {self.total / 1e9:.2f} GB"
-            print(f"\rllama.convert: {bar}", end="" if percent < 100 else "\n", file=sys.stderr, flush=True)
-
-
-class Output:
-    """A folder that is being written: knows the checksum of each file and moves the bar as bytes go out."""
-
-    def __init__(self, folder: Path, bar: Bar):
-        self.folder, self.bar, self.sums = folder, bar, {}
-
-    def create(self, name: str) -> OutputFile:
-        return OutputFile(self, name)
-
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        with self.create(name) as file:
-            file.write(json.dumps(value, indent=2).encode() + b"\n")
-
-    def copy(self, path: Path, name: str) -> None:
-        with self.create(name) as file:
-            file.write(path.read_bytes())
-
-    def write_checklist(self) -> None:
-        """`checklist.chk`, which `md5sum -c` reads."""
-        (self.folder / "checklist.chk").write_text("".join(f"{sum}  {name}\n" for name, sum in self.sums.items()))
-
-
-class OutputFile:
-    """One file of an `Output`; `error` is what a write failed of, which torch replaces by words of its own."""
-
-    def __init__(self, output: Output, name: str):
-        self.output, self.name = output, name
-        self.file = open(output.folder / name, "wb", buffering=0)  # noqa: SIM115
-        self.md5 = hashlib.md5(usedforsecurity=False)
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        view = memoryview(data).cast("B")
-        self.md5.update(view)
-        try:
-            done = 0
-            while done < len(view):  # one call to the system writes at most 2 GiB
-                done += self.file.write(view[done : done + 2**26])
-        except OSError as error:
-            self.error = error
-            raise
-        self.output.bar.advance(len(view))
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    def __enter__(self) -> OutputFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                os.fsync(self.file.fileno())
-                self.output.sums[self.name] = self.md5.hexdigest()
-        finally:
-            self.file.close()
-        if self.error is not None:
-            raise self.error from None
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
 
 
 class Source:
@@ -127,70 +59,81 @@ class Source:
         lora: str | None = None,
         quantize: str | None = None,
     ):
-        self.checkpoint = checkpoint.find(folder)
-        self.tokenizer_path = Path(tokenizer_path or checkpoint.find_tokenizer(folder))
+        self.checkpoint = formats.find(folder)
+        self.tokenizer_path = Path(tokenizer_path or formats.find_tokenizer(folder))
         self.tokenizer = Tokenizer(self.tokenizer_path)
+
+        # The sizes, and what each tensor becomes.
         self.checkpoint.open()
         self.args = model_args(self.checkpoint.params, self.tokenizer.n_words, 1, 1)
         with torch.device("meta"):
             model = Transformer(self.args)
         self.shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-        self.matrices = {name: matrix for name in self.shapes if (matrix := empty_matrix(model, name, quantize))}
-        if any(".weight." in name for name in self.checkpoint.shards[0]):
+        self.matrices = {
+            name: empty_matrix(model, name, quantize) for name in self.shapes
+        }  # None: stays plain
+        if expect_quantized(model, self.checkpoint):
             raise ValueError(f"{folder} is quantized; convert the original that it was made from.")
-        checkpoint.check_names(self.checkpoint, self.shapes)
-        stored = checkpoint.stored_dtype(self.checkpoint, convert=dtype is not None)
+
+        # The tensors.
+        slicing.check_names(self.checkpoint, self.shapes)
+        stored = slicing.stored_dtype(self.checkpoint, list(self.shapes), convert=dtype is not None)
         self.dtype = stored if dtype is None else choose_dtype(dtype, stored, torch.device("cpu"))
-        stored_name = self.checkpoint.stored_name
-        found = {name: joined_shape(stored_name(name), self.pieces(name), self.cut(name)) for name in self.shapes}
-        self.check_shapes(found, str(folder))
-        adapter = None if lora is None else Adapter(Path(str(lora)), self.args.n_layers, self.args.head_dim)
-        self.changes = {} if adapter is None else adapter.changes
-        self.check_shapes({name: list(change.shape) for name, change in self.changes.items()}, str(lora))
+        self.slices = slicing.join(self.checkpoint.shards)
+        self.check_shapes()
+        if lora is not None:
+            adapter = Adapter(str(lora), self.args.n_layers, self.args.head_dim)
+            self.slices = adapter.apply(self.slices)
 
-    def check_shapes(self, found: Mapping[str, list[int]], where: str) -> None:
-        for name, shape in found.items():
-            if shape != list(self.shapes[name]):
+    def check_shapes(self) -> None:
+        for name, expected in self.shapes.items():
+            found = self.slices[name].shape
+            if tuple(found) != tuple(expected):
+                what = f"{self.checkpoint.stored_name(name)} in {self.checkpoint.folder} has the shape {tuple(found)}"
                 raise ValueError(
-                    f"{self.checkpoint.stored_name(name)} in {where} has the shape {tuple(shape)}, but "
-                    f"{self.checkpoint.sizes.name} describes {tuple(self.shapes[name])}."
+                    f"{what}, but {self.checkpoint.sizes.name} describes {tuple(expected)}."
                 )
-
-    def cut(self, name: str) -> int | None:
-        return CUT.get(checkpoint.module_name(name))
-
-    def pieces(self, name: str) -> list[checkpoint.Piece]:
-        return [shard[name] for shard in self.checkpoint.shards]
 
     def share(self, name: str, index: int = 0, count: int = 1) -> Tensor:
         """Part `index` of `count` of a tensor as Meta cuts it, nearly even where `count` does not divide it."""
-        pieces, cut, length = self.pieces(name), self.cut(name), self.shapes[name][self.cut(name) or 0]
-        if cut is None:
-            pieces, index, count = pieces[:1], 0, 1
-        begin, end = length * index // count, length * (index + 1) // count
-        tensor = take(pieces, cut or 0, begin, end - begin)
-        if name in self.changes:
-            change = take([self.changes[name]], cut or 0, begin, end - begin)
-            tensor = tensor.float() + change if isinstance(self.changes[name], Product) else change
-        return tensor if name in self.matrices else tensor.to(self.dtype)  # quantizing rounds, once
+        shape = self.shapes[name]
+        dim = slicing.cut_dimension(name, shape)
+        if dim is None:
+            dim, index, count = 0, 0, 1
+        begin = shape[dim] * index // count
+        end = shape[dim] * (index + 1) // count
+
+        tensor = slicing.take(self.slices[name], dim, begin, end - begin)
+        if self.matrices[name] is not None:
+            return tensor  # quantizing it will round, once
+        return tensor.to(self.dtype)
 
     def stored(self, name: str, index: int, count: int) -> dict[str, Tensor]:
         """What a file holds of a tensor: its share, or the parts of the quantized matrix."""
-        if name not in self.matrices:
-            return {name: alone(self.share(name, index, count))}
         matrix = self.matrices[name]
+        if matrix is None:
+            return {name: alone(self.share(name, index, count))}
         matrix.quantize(self.share(name))
         parts = {f"{name}.{part}": getattr(matrix, part) for part in matrix.parts}
         matrix.to("meta")
         return parts
 
     def size(self, name: str) -> int:
-        if name in self.matrices:
-            return sum(part.nbytes for part in self.matrices[name].buffers())
+        """The bytes that a tensor will take."""
+        matrix = self.matrices[name]
+        if matrix is not None:
+            return sum(part.nbytes for part in matrix.buffers())
         return self.shapes[name].numel() * self.dtype.itemsize
 
     def total(self) -> int:
         return sum(self.size(name) for name in self.shapes)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The same numbers without the storage around them, all of which `torch.save` would write; nothing is copied."""
+    begin = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()[begin : begin + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def convert(
@@ -215,35 +158,53 @@ def convert(
         lora: folder of an adapter, merged into what is written.
         quantize: int8 or int4, for the matrices of the layers; one file in Meta's layout.
     """
-    src, dst = Path(str(src)), Path(str(dst))
+    src = Path(str(src))
+    dst = Path(str(dst))
+    check_arguments(dst, to, shards, quantize)
+    source = Source(src, tokenizer_path, dtype, lora, quantize)
+    if to == "meta":
+        file_count = plan_meta(source, shards)
+        write_into(dst, source, lambda output: write_meta(source, file_count, output))
+    else:
+        plan = plan_hf(source, shards)
+        write_into(dst, source, lambda output: write_hf(source, plan, output))
+
+
+def check_arguments(dst: Path, to: str, shards: int | None, quantize: str | None) -> None:
     if to not in ("meta", "hf"):
         raise ValueError(f"--to is {to!r}; it must be meta or hf.")
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise FileExistsError(f"{dst} exists and is not an empty folder; give a new name, or remove it first.")
-    if quantize is not None and (quantize not in FORMATS or to != "meta" or shards not in (None, 1)):
-        raise ValueError(
-            f"--quantize is {quantize!r}; it must be one of {', '.join(FORMATS)}, into one file, --to meta."
+        raise FileExistsError(
+            f"{dst} exists and is not an empty folder; give a new name, or remove it first."
         )
-    source = Source(src, tokenizer_path, dtype, lora, quantize)
-    plan = plan_meta(source, shards) if to == "meta" else plan_hf(source, shards)
+
+    one_file = to == "meta" and shards in (None, 1)
+    if quantize is not None and (quantize not in FORMATS or not one_file):
+        allowed = f"one of {', '.join(FORMATS)}, into one file, --to meta"
+        raise ValueError(f"--quantize is {quantize!r}; it must be {allowed}.")
+
+
+def write_into(dst: Path, source: Source, write: Callable[[Output], None]) -> None:
+    """Have `write` fill the folder `dst`, under a temporary name until all is there; leave nothing if it fails."""
     partial = dst.absolute().with_name(dst.name + ".partial")
-    free = shutil.disk_usage(next(parent for parent in partial.parents if parent.is_dir())).free
+    existing = next(parent for parent in partial.parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
     if source.total() > free:
         raise OSError(full(dst, source, free))
+
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.mkdir()
     except FileExistsError:
-        raise FileExistsError(
-            f"{partial} exists: another conversion is writing it, or one was killed; remove it if none is running."
-        ) from None
+        why = "another conversion is writing it, or one was killed"
+        raise FileExistsError(f"{partial} exists: {why}; remove it if none is running.") from None
+
     try:
         output = Output(partial, Bar(source.total()))
-        write = write_meta if to == "meta" else write_hf
-        write(source, plan, output)
+        write(output)
         output.write_checklist()
-        partial.replace(dst)  # over an empty folder too
-    except BaseException as error:  # an interruption is none of the ordinary ones
+        partial.replace(dst)  # an empty folder is replaced too
+    except BaseException as error:  # an interruption is not an Exception
         shutil.rmtree(partial)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(full(dst, source, shutil.disk_usage(partial.parent).free)) from None
@@ -251,24 +212,33 @@ def convert(
 
 
 def full(dst: Path, source: Source, free: int) -> str:
-    return (
-        f"The disk of {dst} is full: the converted weights take {source.total() / 1e9:.2f} GB and {free / 1e9:.2f} GB "
-        "are free; nothing was left there."
-    )
+    needed = f"{source.total() / 1e9:.2f} GB"
+    left = f"{free / 1e9:.2f} GB"
+    sizes = f"the converted weights take {needed} and {left} are free"
+    return f"The disk of {dst} is full: {sizes}; nothing was left there."
+
+
+# --- Meta's layout -----------------------------------------------------------------------------------------------
 
 
 def plan_meta(source: Source, shards: int | None) -> int:
     """The number of files. Raises `ValueError` for one that does not divide the matrices."""
-    args, count = source.args, 1 if shards is None else shards
+    args = source.args
+    count = 1 if shards is None else shards
     lengths = (args.dim, args.ffn_hidden_dim, args.kv_heads * args.head_dim)
-    allowed = [n for n in range(1, args.n_heads + 1) if not any(length % n for length in lengths)]
+    allowed = [n for n in range(1, args.n_heads + 1) if all(length % n == 0 for length in lengths)]
     if type(count) is not int or count not in allowed:
-        raise ValueError(f"--shards is {count!r}; the matrices of this model divide into {allowed} files.")
+        raise ValueError(
+            f"--shards is {count!r}; the matrices of this model divide into {allowed} files."
+        )
     return count
 
 
 def write_meta(source: Source, count: int, output: Output) -> None:
-    """`consolidated.NN.pth`, `tokenizer.model`, `params.json`. Holds what one file needs beyond mapped views."""
+    """Write `consolidated.NN.pth`, `tokenizer.model` and `params.json`.
+
+    Beyond views of the mapped source, this holds what one file needs.
+    """
     for index in range(count):
         state: dict[str, Tensor] = {}
         for name in source.shapes:
@@ -283,17 +253,10 @@ def write_meta(source: Source, count: int, output: Output) -> None:
     output.write_json("params.json", meta_params(source.args))
 
 
-def alone(tensor: Tensor) -> Tensor:
-    """The same numbers without the storage around them, of which `torch.save` would write all; nothing is copied."""
-    begin = tensor.storage_offset() * tensor.itemsize
-    storage = tensor.untyped_storage()[begin : begin + tensor.nbytes]
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-
-
 def meta_params(args: ModelArgs) -> dict[str, int | float]:
     """The sizes under the names of `params.json`; what an older reader may not know is left out where it can be."""
-    params = {name: getattr(args, name) for name in ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of")}
-    params["norm_eps"] = args.norm_eps
+    names = ("dim", "n_layers", "n_heads", "vocab_size", "multiple_of", "norm_eps")
+    params = {name: getattr(args, name) for name in names}
     if args.kv_heads != args.n_heads:
         params["n_kv_heads"] = args.kv_heads
     if args.ffn_dim_multiplier is not None:
@@ -303,68 +266,90 @@ def meta_params(args: ModelArgs) -> dict[str, int | float]:
     return params
 
 
+# --- Hugging Face's layout ---------------------------------------------------------------------------------------
+
+
 def plan_hf(source: Source, shards: int | None) -> dict[str, list[str]]:
     """The names of the tensors, Meta's, in each file to write, in order. Raises `ValueError` for too many files."""
+    names = list(source.shapes)
     total = source.total()
     count = max(-(-total // HF_FILE_BYTES), 1) if shards is None else shards
-    if type(count) is not int or not 1 <= count <= len(source.shapes):
-        raise ValueError(f"--shards is {count!r}; it must be an integer from 1 to {len(source.shapes)}.")
+    if type(count) is not int or not 1 <= count <= len(names):
+        raise ValueError(f"--shards is {count!r}; it must be an integer from 1 to {len(names)}.")
+
+    # A file ends where its share of all bytes is reached, or where each tensor that is left needs a file of its own.
     groups: list[list[str]] = [[]]
     written = 0
-    for left, name in zip(range(len(source.shapes), 0, -1), source.shapes, strict=True):
-        due = written >= total * len(groups) / count or left == count - len(groups)
-        if groups[-1] and due and len(groups) < count:
+    for index, name in enumerate(names):
+        reached = written >= total * len(groups) / count
+        needed = len(names) - index == count - len(groups)
+        if groups[-1] and len(groups) < count and (reached or needed):
             groups.append([])
         groups[-1].append(name)
         written += source.size(name)
+
     if count == 1:
         return {"model.safetensors": groups[0]}
-    return {f"model-{n:05d}-of-{count:05d}.safetensors": group for n, group in enumerate(groups, 1)}
+    plan = {}
+    for number, group in enumerate(groups, 1):
+        plan[f"model-{number:05d}-of-{count:05d}.safetensors"] = group
+    return plan
 
 
 def write_hf(source: Source, plan: Mapping[str, list[str]], output: Output) -> None:
-    """Safetensors, their index if there are several, tokenizer, `config.json`. Holds one tensor at a time."""
-    names = checkpoint.hugging_face_names(source.args.n_layers)
+    """Write safetensors, their index if there are several, tokenizer and `config.json`; hold one tensor at a time."""
+    names = hugging_face_names(source.args.n_layers)
     for file, group in plan.items():
         write_safetensors(source, {name: names[name] for name in group}, output, file)
+
     if len(plan) > 1:
-        placed = {names[name]: file for file, group in plan.items() for name in group}
-        index = {"metadata": {"total_size": source.total()}, "weight_map": placed}
+        file_of_tensor = {names[name]: file for file, group in plan.items() for name in group}
+        index = {"metadata": {"total_size": source.total()}, "weight_map": file_of_tensor}
         output.write_json("model.safetensors.index.json", index)
+
     output.copy(source.tokenizer_path, "tokenizer.model")
-    if isinstance(source.checkpoint, checkpoint.HuggingFaceCheckpoint):
+    if isinstance(source.checkpoint, HuggingFaceCheckpoint):
         for name in COMPANIONS:
-            if (source.checkpoint.folder / name).is_file():
-                output.copy(source.checkpoint.folder / name, name)
+            path = source.checkpoint.folder / name
+            if path.is_file():
+                output.copy(path, name)
     output.write_json("config.json", hf_config(source))
 
 
 def write_safetensors(source: Source, names: Mapping[str, str], output: Output, file: str) -> None:
-    """The length of a JSON header (8 bytes), the header, then the numbers, tensor after tensor."""
-    code = next(code for code, dtype in DTYPES.items() if dtype == source.dtype)
+    """Write the length of a JSON header (8 bytes), the header, then the numbers, tensor after tensor."""
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, theirs in names.items():
-        begin, end = end, end + source.size(name)
-        header[theirs] = {"dtype": code, "shape": list(source.shapes[name]), "data_offsets": [begin, end]}
+        begin = end
+        end = begin + source.size(name)
+        header[theirs] = {
+            "dtype": codes[source.dtype],
+            "shape": list(source.shapes[name]),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+
     with output.create(file) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = source.share(name)
             if name.endswith(HALF_SPLIT):
                 tensor = deinterleave(tensor, source.args.head_dim)
-            out.write(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+            numbers = tensor.contiguous().view(torch.uint8)
+            out.write(memoryview(numbers.numpy()))
 
 
 def hf_config(source: Source) -> dict[str, Any]:
     """The sizes under the names of `config.json`.
 
-    `params.json` does not say how many positions a model was trained for: unless the source does, it is 4,096, which
-    is Llama 2's.
+    `params.json` does not say how many positions a model was trained for: unless the source does, 4,096 is written,
+    which is Llama 2's number.
     """
-    args, earlier = source.args, getattr(source.checkpoint, "config", {})
+    args = source.args
+    earlier = getattr(source.checkpoint, "config", {})
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -387,12 +372,22 @@ def hf_config(source: Source) -> dict[str, Any]:
     }
 
 
+# --- the command -------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the partial folder is removed
-    names = {*inspect.signature(convert).parameters, "help", "h"}
-    for flag in (argument.partition("=")[0] for argument in sys.argv[1:] if argument.startswith("-")):
-        if flag.lstrip("-").replace("-", "_") not in names:  # fire would say so when all is done
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # an exception, so that the partial folder is removed
+
+    # A wrong flag: fire would name it only after the work is done.
+    parameters = inspect.signature(convert).parameters
+    known = {*parameters, "help", "h"}
+    for argument in sys.argv[1:]:
+        flag = argument.partition("=")[0]
+        name = flag.lstrip("-").replace("-", "_")
+        if flag.startswith("-") and name not in known:
             sys.exit(f"{flag} is not a flag of llama.convert; --help lists them.")
     fire.Fire(convert)
 

@@ -31,14 +31,22 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
 
     Raises `ValueError` for a device that is unknown or not here.
     """
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     available = [kind for kind, found in here.items() if found]
     try:
         device = torch.device(available[0] if name is None else name)
     except (RuntimeError, TypeError):
-        raise ValueError(f"device {name!r} is unknown; available here: {', '.join(available)}.") from None
+        raise ValueError(
+            f"device {name!r} is unknown; available here: {', '.join(available)}."
+        ) from None
     if device.type not in available:
-        raise ValueError(f"device {str(name)!r} is not available here; available: {', '.join(available)}.")
+        raise ValueError(
+            f"device {str(name)!r} is not available here; available: {', '.join(available)}."
+        )
     if device.type != "cuda":
         return device
 
@@ -80,7 +88,10 @@ def avoid_broken_amx() -> None:
     os.putenv("ONEDNN_MAX_CPU_ISA", BELOW_AMX)
     if not survives(multiply_bfloat16):
         advice = f"set ONEDNN_MAX_CPU_ISA={BELOW_AMX} before Python starts, or compute in float32"
-        warnings.warn(f"AMX does not work here, and bfloat16 products will end this process; {advice}.", stacklevel=3)
+        warnings.warn(
+            f"AMX does not work here, and bfloat16 products will end this process; {advice}.",
+            stacklevel=3,
+        )
 
 
 def claims_amx() -> bool:
@@ -102,7 +113,9 @@ def survives(action: Callable[[], object]) -> bool:
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # about other threads: the child does not need them
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # about other threads: the child does not need them
         child = os.fork()
     if child == 0:
         try_and_leave(action, writer)
@@ -118,7 +131,9 @@ def survives(action: Callable[[], object]) -> bool:
     # Whatever happened, Ctrl-C included, no child and no open file stay behind.
     finally:
         os.close(reader)
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # where the system collects dead children
+        with contextlib.suppress(
+            ProcessLookupError, ChildProcessError
+        ):  # where the system collects dead children
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
@@ -128,7 +143,9 @@ def try_and_leave(action: Callable[[], object], writer: int) -> NoReturn:
     try:
         import resource  # not on Windows
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # its death is no reason to write a core file
+        resource.setrlimit(
+            resource.RLIMIT_CORE, (0, 0)
+        )  # its death is no reason to write a core file
         faulthandler.disable()  # nor to print a stack
         torch.set_num_threads(1)  # threads do not outlive a fork
         action()
@@ -158,7 +175,9 @@ def is_native(dtype: torch.dtype, device: torch.device) -> bool:
     return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def choose_dtype(requested: str | torch.dtype | None, stored: torch.dtype, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    requested: str | torch.dtype | None, stored: torch.dtype, device: torch.device
+) -> torch.dtype:
     """The number format of weights and cache: as requested, else as stored, else the nearest that is native.
 
     bfloat16 becomes float16 on a GPU without it (T4, V100); on a CPU both become float32. Raises `ValueError` for a
@@ -167,7 +186,9 @@ def choose_dtype(requested: str | torch.dtype | None, stored: torch.dtype, devic
     if requested is not None:
         dtype = DTYPES.get(str(requested).removeprefix("torch."))
         if dtype is None:
-            raise ValueError(f"dtype {str(requested)!r} is not supported; use one of {', '.join(DTYPES)}.")
+            raise ValueError(
+                f"dtype {str(requested)!r} is not supported; use one of {', '.join(DTYPES)}."
+            )
         return dtype
 
     for dtype in (stored, torch.float16):

@@ -11,16 +11,18 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from llama import checkpoint, parallel, prompts
+from llama import formats, parallel, prompts
 from llama.compiling import check_mode, compiled_step
 from llama.engine import Engine
+from llama.kernels import FORMATS
 from llama.loading import check_vocabulary, join, load
 from llama.model import Transformer
 from llama.options import takes_options
+from llama.predictions import ChatPrediction, CompletionPrediction, Score, prediction, score
 from llama.progress import Progress
 from llama.prompts import (
     B_INST,
@@ -33,8 +35,7 @@ from llama.prompts import (
     Message,
     Role,
 )
-from llama.quantize import FORMATS
-from llama.rows import FinishReason, Piece, Row
+from llama.rows import Piece, Row
 from llama.sampling import Sampling, is_integer, sample_top_p, uniforms
 from llama.tokenizer import Tokenizer
 
@@ -44,33 +45,6 @@ __all__ = [  # what callers import from here, some of it defined elsewhere
 ]  # fmt: skip
 
 Value = TypeVar("Value")
-
-
-class Score(TypedDict, total=False):
-    """`tokens` (each id decoded alone) and `logprobs` are of equal length.
-
-    `top_logprobs` has for each token the likeliest ones in its place, with their log-probabilities.
-    """
-
-    tokens: list[str]
-    logprobs: list[float]
-    top_logprobs: list[list[tuple[str, float]]]
-
-
-class CompletionPrediction(Score, total=False):
-    """With what `Score` has where it was asked for; `full_text` is a filled hole with its prefix and suffix."""
-
-    generation: str
-    full_text: str
-    finish_reason: FinishReason
-
-
-class ChatPrediction(Score, total=False):
-    """The same of an answer; `refusal` says which message of a refused dialog holds which tag."""
-
-    generation: Message
-    finish_reason: FinishReason
-    refusal: str
 
 
 class Llama:
@@ -122,21 +96,11 @@ class Llama:
             raise ValueError(f"quantize is {quantize!r}; it must be None or one of {allowed}.")
         device = join(model_parallel_size, device)
 
-        source = checkpoint.find(Path(ckpt_dir))
-        tokenizer = Tokenizer(tokenizer_path or checkpoint.find_tokenizer(Path(ckpt_dir)))
-        with torch.inference_mode(
-            False
-        ):  # weights made in that mode could never be trained, nor a cache written
-            model = load(
-                source,
-                tokenizer.n_words,
-                max_seq_len,
-                max_batch_size,
-                device,
-                dtype,
-                quantize,
-                lora,
-            )
+        source = formats.find(ckpt_dir)
+        tokenizer = Tokenizer(tokenizer_path or formats.find_tokenizer(source.folder))
+        limits = (max_seq_len, max_batch_size)
+        with torch.inference_mode(False):  # weights made in that mode could never be trained
+            model = load(source, tokenizer.n_words, *limits, device, dtype, quantize, lora)
         return Llama(model, tokenizer, seed=seed, compile=compile)
 
     @property
@@ -189,7 +153,7 @@ class Llama:
         options = Sampling(temperature, top_p, max_gen_len, logprobs, echo, **options)
         texts, options = self.agree(prompts, options)
         rows = self.complete(self.encode_texts(texts), options)
-        return [self.prediction(row, row.text) for row in rows]
+        return [prediction(self.tokenizer, row, row.text) for row in rows]
 
     @takes_options
     def chat_completion(
@@ -215,7 +179,7 @@ class Llama:
 
         answers = []
         for row in rows:
-            answer = self.prediction(row, {"role": "assistant", "content": row.text})
+            answer = prediction(self.tokenizer, row, {"role": "assistant", "content": row.text})
             if row.finish_reason == "refused":
                 message, tag = prompts.find_special_tag(dialogs[row.index // options.n])
                 answer["refusal"] = f"Message {message} holds the special tag {tag}."
@@ -252,7 +216,7 @@ class Llama:
         for row in rows:
             prefix, suffix = pairs[row.index // options.n]
             filled = {"full_text": prefix + row.text + suffix}
-            predictions.append(self.prediction(row, row.text) | filled)
+            predictions.append(prediction(self.tokenizer, row, row.text) | filled)
         return predictions
 
     @takes_options
@@ -298,7 +262,7 @@ class Llama:
         options = Sampling(temperature=0, top_p=1, max_gen_len=0, logprobs=True, echo=True)
         texts, options = self.agree(texts, options)
         rows = self.complete(self.encode_texts(texts), options)
-        return [{"tokens": self.decode_each(row.ids), "logprobs": row.logprobs} for row in rows]
+        return [score(self.tokenizer, row) for row in rows]
 
     # --- from arguments to rows ---
 
@@ -444,20 +408,3 @@ class Llama:
         stream = give_out()
         next(stream)
         return stream
-
-    def prediction(self, row: Row, generation: str | Message) -> dict:
-        """A row as calls return it."""
-        prediction = {"generation": generation, "finish_reason": row.finish_reason}
-        if row.options.logprobs or row.options.top_logprobs:
-            prediction["tokens"] = self.decode_each(row.ids)
-        if row.options.logprobs:
-            prediction["logprobs"] = row.logprobs
-        if row.options.top_logprobs:
-            likeliest = []
-            for top in row.top_logprobs:
-                likeliest.append([(self.tokenizer.decode(id), logprob) for id, logprob in top])
-            prediction["top_logprobs"] = likeliest
-        return prediction
-
-    def decode_each(self, ids: Sequence[int]) -> list[str]:
-        return [self.tokenizer.decode(id) for id in ids]

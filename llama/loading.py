@@ -1,30 +1,41 @@
-"""Checkpoint files to a model that is ready to run: sizes, device, ranks, memory, weights.
+"""A checkpoint to a model that is ready: sizes, device, ranks, memory, weights; and what to do where memory is short.
 
-Knows the order in which these are decided. Does not know text, sampling or how files are read.
+This module knows the order in which these are decided, and which matrices of a model are quantized. It does not know
+text, sampling or what a file looks like inside.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from llama import checkpoint, parallel
-from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, free_memory, use_device
-from llama.lora import Adapter
+from llama import kernels, parallel
+from llama.device import (
+    choose_device,
+    choose_dtype,
+    collective_backend,
+    dtype_name,
+    free_memory,
+    use_device,
+)
+from llama.formats import slicing
+from llama.formats.lora import Adapter
+from llama.formats.slicing import Checkpoint
+from llama.kernels import FORMATS, Quantized
 from llama.model import ModelArgs, Transformer
-from llama.quantize import BYTES, FORMATS, Quantized, install, pack, quantized
+
+LEAST_POSITIONS = 128  # of a smaller cache that is worth advising
 
 
 def join(model_parallel_size: int | None, device: str | torch.device | None) -> torch.device:
-    """Choose this rank's device and meet the other ranks: what fails from here on, one of them says for all."""
+    """Choose this rank's device and meet the other ranks; an error after this is printed by one rank for all."""
     device = choose_device(device, parallel.local_world()[0])
     use_device(device)
     parallel.initialize(model_parallel_size, collective_backend(device), device)
@@ -32,7 +43,7 @@ def join(model_parallel_size: int | None, device: str | torch.device | None) -> 
 
 
 def load(
-    source: checkpoint.Checkpoint,
+    source: Checkpoint,
     n_words: int,
     max_seq_len: int,
     max_batch_size: int,
@@ -43,54 +54,79 @@ def load(
 ) -> Transformer:
     """This rank's share of the model in `source`, changed by the adapter in `lora`, with its cache, on `device`.
 
-    `quantize` is the format of the layers' matrices; the output layer's is then int8, as it decides between words.
-    `n_words` is the tokenizer's vocabulary, for sizes that leave theirs open and to refuse a tokenizer that does not
-    belong. Errors as for `Llama.build`.
+    `n_words` is the size of the tokenizer's vocabulary: it stands in for one that the sizes leave open, and a
+    tokenizer that does not belong is refused by it. Errors as for `Llama.build`.
     """
     started = time.perf_counter()
+
+    # The sizes, and a model without numbers that expects what the files hold.
     source.open()
     args = model_args(source.params, n_words, max_seq_len, max_batch_size)
     with torch.device("meta"):
         model = Transformer(args)
-    stored_as = expect_quantized(model, source)
-    if stored_as and (lora or quantize not in (None, stored_as)):
-        raise ValueError(f"{source.folder} is quantized to {stored_as}; start from the original for anything else.")
-    checkpoint.check_names(source, model.state_dict())
-    stored = checkpoint.stored_dtype(source, convert=dtype is not None)
+    stored_kind = expect_quantized(model, source)
+    if stored_kind and (lora or quantize not in (None, stored_kind)):
+        raise ValueError(
+            f"{source.folder} is quantized to {stored_kind}; start from the original for anything else."
+        )
+    slicing.check_names(source, model.state_dict())
+
+    # The number format, and whether there is room.
+    kind = stored_kind or quantize
+    plain = [name for name, _ in model.named_parameters()]
+    stored = slicing.stored_dtype(source, plain, convert=dtype is not None)
     dtype = choose_dtype(dtype, stored, device)
-    check_memory(args, dtype, device, stored_as or quantize)
-    adapter = None if lora is None else Adapter(Path(lora), args.n_layers, args.head_dim)
+    check_memory(args, dtype, device, kind)
+
+    # The numbers.
+    adapter = None if lora is None else Adapter(lora, args.n_layers, args.head_dim)
     fill(model, share(model, source, adapter), device, dtype, quantize)
     model.own_cache()
     if parallel.world()[0] == 0:
-        sizes = held(args, dtype.itemsize, stored_as or quantize, parallel.size())
-        weights, cache = (f"{size / 1e6:,.0f} MB" for size in sizes)
-        matrices = f" with {stored_as or quantize} matrices" if stored_as or quantize else ""
-        note = "" if dtype == stored else f" (stored as {dtype_name(stored)})"
-        ranks = f" on each of {parallel.size()} ranks" if parallel.size() > 1 else ""
-        what = f"{dtype_name(dtype)}{matrices}{note}, weights {weights} and cache {cache}{ranks}"
-        print(f"llama: {device}, {what}, ready in {time.perf_counter() - started:.2f} s", file=sys.stderr)
+        print(
+            f"{summary(args, device, dtype, stored, kind)}, ready in {elapsed(started):.2f} s",
+            file=sys.stderr,
+        )
     return model
 
 
-def expect_quantized(model: Transformer, source: checkpoint.Checkpoint) -> str | None:
-    """Make the model expect the quantized matrices that the files hold; the format of its layers', None without any."""
-    found = None
-    modules = dict(model.named_modules())
-    for name in source.shards[0]:
-        layer, _, kind = name.rpartition(".weight.")
-        if kind in FORMATS and layer in modules:
-            install(modules[layer], quantized(modules[layer], kind))
-            found = kind if layer.startswith("layers.") else found
-    return found
+def elapsed(since: float) -> float:
+    return time.perf_counter() - since
 
 
-def model_args(params: Mapping[str, object], n_words: int, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+def summary(
+    args: ModelArgs, device: torch.device, dtype: torch.dtype, stored: torch.dtype, kind: str | None
+) -> str:
+    """What was loaded, for the line on standard error."""
+    weights, cache = held(args, dtype.itemsize, kind, parallel.size())
+    form = dtype_name(dtype)
+    if kind:
+        form += f" with {kind} matrices"
+    if dtype != stored:
+        form += f" (stored as {dtype_name(stored)})"
+    sizes = f"weights {weights / 1e6:,.0f} MB and cache {cache / 1e6:,.0f} MB"
+    if parallel.size() > 1:
+        sizes += f" on each of {parallel.size()} ranks"
+    return f"llama: {device}, {form}, {sizes}"
+
+
+# --- sizes -------------------------------------------------------------------------------------------------------
+
+
+def model_args(
+    params: Mapping[str, object], n_words: int, max_seq_len: int, max_batch_size: int
+) -> ModelArgs:
     """`params.json` as sizes; `vocab_size` -1 means the tokenizer's. Warns of keys that this model has no use for."""
-    names = {field.name for field in dataclasses.fields(ModelArgs)} - {"max_seq_len", "max_batch_size"}
+    names = {field.name for field in dataclasses.fields(ModelArgs)} - {
+        "max_seq_len",
+        "max_batch_size",
+    }
     unknown = sorted(params.keys() - names)
     if unknown and parallel.world()[0] == 0:
-        warnings.warn(f"params.json has keys that are not used: {', '.join(unknown)}.", stacklevel=3)
+        warnings.warn(
+            f"params.json has keys that are not used: {', '.join(unknown)}.", stacklevel=3
+        )
+
     sizes = {name: value for name, value in params.items() if name in names}
     args = ModelArgs(**sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     if args.vocab_size == -1:
@@ -104,90 +140,214 @@ def check_vocabulary(n_words: int, vocab_size: int) -> None:
     """Raise `ValueError` if the tokenizer makes ids for which the model has no row; the other way round is fine."""
     if n_words > vocab_size:
         ids = f"{n_words} ids, but the model only {vocab_size} rows in its embedding"
-        raise ValueError(f"The tokenizer has {ids}; use the tokenizer.model that belongs to the checkpoint.")
+        raise ValueError(
+            f"The tokenizer has {ids}; use the tokenizer.model that belongs to the checkpoint."
+        )
+
+
+# --- what is quantized -------------------------------------------------------------------------------------------
+# The matrices of the layers have the format that was asked for. The output layer stays at int8: an error there changes
+# the chosen token directly. The embedding, of which a step reads single rows, and the norms are never quantized. A
+# checkpoint stores a quantized matrix as the parts that `kernels` names: layers.0.attention.wq.weight.int4, ...scale.
+
+OUTPUT_KIND = "int8"
+
+
+def kind_of(layer: str, quantize: str) -> str:
+    """The format of a layer in a model that is quantized to `quantize`."""
+    return quantize if layer.startswith("layers.") else OUTPUT_KIND
+
+
+def empty_matrix(model: Transformer, name: str, quantize: str | None) -> Quantized | None:
+    """The matrix that a weight is quantized into, without numbers; None for a weight that stays as it is."""
+    if quantize is None:
+        return None
+    layer = name.removesuffix(".weight")
+    return kernels.empty_matrix(model.get_submodule(layer), kind_of(layer, quantize))
+
+
+def stored_kinds(source: Checkpoint) -> dict[str, str]:
+    """The layers that a checkpoint holds quantized: {"layers.0.attention.wq": "int4", ..., "output": "int8"}."""
+    kinds = {}
+    for name in source.shards[0]:
+        layer, _, part = name.rpartition(".weight.")
+        if part in FORMATS:
+            kinds[layer] = part
+    return kinds
+
+
+def expect_quantized(model: Transformer, source: Checkpoint) -> str | None:
+    """Make the model expect the quantized matrices of a checkpoint; return the format of its layers, None without."""
+    modules = dict(model.named_modules())
+    found = None
+    for layer, kind in stored_kinds(source).items():
+        if layer in modules:
+            kernels.install(modules[layer], kernels.empty_matrix(modules[layer], kind))
+            found = kind if layer.startswith("layers.") else found
+    return found
 
 
 def held(args: ModelArgs, itemsize: int, quantize: str | None, ranks: int) -> tuple[int, int]:
     """Bytes of (weights, cache) that each of `ranks` ranks holds."""
-    products = {} if quantize is None else {"layers": BYTES[quantize], "output": BYTES["int8"]}
-    return args.memory(itemsize, ranks, **products)
+    if quantize is None:
+        return needed(args, itemsize, ranks)
+    layers = FORMATS[quantize].bytes_a_number
+    output = FORMATS[OUTPUT_KIND].bytes_a_number
+    return needed(args, itemsize, ranks, layers, output)
 
 
-def check_memory(args: ModelArgs, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> None:
+def needed(
+    args: ModelArgs,
+    itemsize: int,
+    ranks: int = 1,
+    layers: float | None = None,
+    output: float | None = None,
+) -> tuple[int, int]:
+    """Bytes of (weights, cache) that each of `ranks` ranks holds at `itemsize` bytes a number.
+
+    The numbers of the matrices in `layers` and of the `output` layer may take another number of bytes.
+    """
+    dim = args.dim
+    kv_features = max(args.kv_heads // ranks, 1) * args.head_dim  # of this rank
+
+    attention = 2 * dim * dim // ranks + 2 * dim * kv_features
+    feed_forward = 3 * dim * args.ffn_hidden_dim // ranks
+    of_layers = args.n_layers * (attention + feed_forward)
+    of_output = -(-args.vocab_size // ranks) * dim
+    norms = (2 * args.n_layers + 1) * dim
+    others = args.vocab_size * dim // ranks + norms
+
+    weights = (
+        of_layers * (layers or itemsize) + of_output * (output or itemsize) + others * itemsize
+    )
+    cached = args.max_batch_size * args.max_seq_len * kv_features
+    return int(weights), 2 * args.n_layers * cached * itemsize
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def check_memory(
+    args: ModelArgs, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+) -> None:
     """Raise `RuntimeError`, naming values that fit, if weights and cache exceed the free memory of this device."""
-    ranks, free = parallel.size(), free_memory(device)
+    free = free_memory(device)
     if free is None:
         return
     if device.type == "cpu":
-        free //= parallel.local_world()[1]  # the ranks of a machine share it
-    weights, cache = held(args, dtype.itemsize, quantize, ranks)
+        free //= parallel.local_world()[1]  # the ranks of a machine share its memory
+    weights, cache = held(args, dtype.itemsize, quantize, parallel.size())
     if weights + cache <= free:
         return
+
+    fits = what_fits(args, dtype, device, quantize, free)
+    advice = (
+        ", or ".join(fits) or "nothing, whatever max_batch_size, max_seq_len, dtype or quantize"
+    )
+    raise RuntimeError(
+        f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {quantize or dtype_name(dtype)} "
+        f"exceed the {free / 1e9:.2f} GB free for this process on {device}; what fits: {advice}."
+    )
+
+
+def what_fits(
+    args: ModelArgs, dtype: torch.dtype, device: torch.device, quantize: str | None, free: int
+) -> list[str]:
+    """The changes of arguments with which the model fits into `free` bytes, those that change least first."""
+    ranks = parallel.size()
     formats = {"": (dtype.itemsize, quantize)}
     if dtype.itemsize > 2:
         formats["dtype='bfloat16'"] = (2, quantize)
     if quantize is None:
-        formats |= {f"quantize='{kind}'": (dtype.itemsize, kind) for kind in FORMATS}
+        for kind in FORMATS:
+            formats[f"quantize='{kind}'"] = (dtype.itemsize, kind)
+
+    # Another format with the same cache; or else, up to the first one that fits so, a smaller cache.
     fits: list[str] = []
-    for label, form in formats.items():
-        size = held(args, *form, ranks)
-        if sum(size) <= free:
+    for label, (itemsize, kind) in formats.items():
+        weights, cache = held(args, itemsize, kind, ranks)
+        if weights + cache <= free:
             fits.append(label)
         elif not fits:
-            fits += [" with ".join(filter(None, (label, values))) for values in smaller_caches(args, *size, free)]
-    more = (n for n in args.rank_counts() if n > ranks and sum(held(args, dtype.itemsize, quantize, n)) <= free)
-    if device.type != "cpu" and (enough := next(more, None)):  # ranks on one processor share its memory
-        fits.append(f"{enough} processes on as many devices")
-    what_fits = ", or ".join(fits) or "nothing, whatever max_batch_size, max_seq_len, dtype or quantize"
-    raise RuntimeError(
-        f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {quantize or dtype_name(dtype)} "
-        f"exceed the {free / 1e9:.2f} GB free for this process on {device}; what fits: {what_fits}."
-    )
+            smaller = smaller_caches(args, weights, cache, free)
+            fits += [f"{label} with {values}" if label else values for values in smaller]
+
+    # More devices; ranks on one processor share its memory.
+    if device.type != "cpu":
+        for count in args.rank_counts():
+            if count > ranks and sum(held(args, dtype.itemsize, quantize, count)) <= free:
+                fits.append(f"{count} processes on as many devices")
+                break
+    return fits
 
 
 def smaller_caches(args: ModelArgs, weights: int, cache: int, free: int) -> list[str]:
-    """The most rows, or positions (128 at least), for which weights and cache fit; one row of fewer if neither does."""
-    rows, positions = ((free - weights) * size // cache for size in (args.max_batch_size, args.max_seq_len))
-    fits = [f"max_batch_size={rows}"] * (rows >= 1) + [f"max_seq_len={positions}"] * (positions >= 128)
-    of_one_row = (free - weights) * args.max_batch_size * args.max_seq_len // cache
-    return fits or [f"max_batch_size=1 with max_seq_len={of_one_row}"] * (of_one_row >= 128)
+    """The largest `max_batch_size`, or `max_seq_len` of at least 128, that fits; else the longest single row."""
+    left = free - weights
+    rows = left * args.max_batch_size // cache
+    positions = left * args.max_seq_len // cache
+    fits = []
+    if rows >= 1:
+        fits.append(f"max_batch_size={rows}")
+    if positions >= LEAST_POSITIONS:
+        fits.append(f"max_seq_len={positions}")
+    if fits:
+        return fits
+
+    of_one_row = left * args.max_batch_size * args.max_seq_len // cache
+    return (
+        [f"max_batch_size=1 with max_seq_len={of_one_row}"] if of_one_row >= LEAST_POSITIONS else []
+    )
 
 
-Tensors = Iterator[tuple[str, Tensor]]
+# --- weights -----------------------------------------------------------------------------------------------------
 
 
-def share(model: Transformer, source: checkpoint.Checkpoint, adapter: Adapter | None) -> Tensors:
+def share(
+    model: Transformer, source: Checkpoint, adapter: Adapter | None
+) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of each tensor that the model expects, changed by the adapter, one at a time."""
-    args, shapes = model.params, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    sizes = {"vocab_size": args.vocab_size, "kv_rows": args.kv_heads * args.head_dim, "head_dim": args.head_dim}
-    cut = functools.partial(checkpoint.slices, rank=parallel.rank(), size=parallel.size(), **sizes)
-    tensors = cut(source.shards, shapes, sizes=source.sizes.name, stored_name=source.stored_name)
-    return tensors if adapter is None else adapter.merge(tensors, cut)
+    args = model.params
+    slices = slicing.join(source.shards)
+    return slicing.cut_for_rank(
+        slices if adapter is None else adapter.apply(slices),
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        rank=parallel.rank(),
+        size=parallel.size(),
+        vocab_size=args.vocab_size,
+        kv_rows=args.kv_heads * args.head_dim,
+        head_dim=args.head_dim,
+        sizes=source.sizes.name,
+        stored_name=source.stored_name,
+    )
 
 
-def fill(model: Transformer, tensors: Tensors, device: torch.device, dtype: torch.dtype, quantize: str | None) -> None:
-    """Give the meta-device model its weights, one tensor at a time."""
-    started, expected = time.perf_counter(), len(model.state_dict())
-    shown = parallel.world()[0] == 0 and sys.stderr.isatty()
+def fill(
+    model: Transformer,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+) -> None:
+    """Give a model on the meta device its weights, one tensor at a time; show how far it is if that takes long."""
+    started = time.perf_counter()
+    expected = len(model.state_dict())
+    on_terminal = parallel.world()[0] == 0 and sys.stderr.isatty()
+
     for count, (name, tensor) in enumerate(tensors, 1):
         place(model, name, tensor.to(device), dtype, quantize)
-        if shown and time.perf_counter() - started > 1:
+        if on_terminal and elapsed(started) > 1:
             print(f"\rllama: loading, {count / expected:4.0%}", end="", file=sys.stderr, flush=True)
-    if shown and time.perf_counter() - started > 1:
+    if on_terminal and elapsed(started) > 1:
         print(file=sys.stderr)
-    pack(model)
+
+    kernels.pack(model)
     model.requires_grad_(False).eval()
 
 
-def empty_matrix(model: Transformer, name: str, quantize: str | None) -> Quantized | None:
-    """What a weight is quantized into; None for one that stays as it is. The output layer, which chooses, is int8."""
-    if quantize is None:
-        return None
-    kind = quantize if name.startswith("layers.") else "int8"
-    return quantized(model.get_submodule(name.rpartition(".")[0]), kind)
-
-
-def place(model: Transformer, name: str, tensor: Tensor, dtype: torch.dtype, quantize: str | None) -> None:
+def place(
+    model: Transformer, name: str, tensor: Tensor, dtype: torch.dtype, quantize: str | None
+) -> None:
     """Put a tensor where it belongs, converted to `dtype`, or quantized if it is a linear layer's."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
@@ -195,6 +355,6 @@ def place(model: Transformer, name: str, tensor: Tensor, dtype: torch.dtype, qua
         setattr(module, leaf, tensor)
     elif matrix := empty_matrix(model, name, quantize):
         matrix.quantize(tensor)
-        install(module, matrix)
+        kernels.install(module, matrix)
     else:
         module.weight = nn.Parameter(tensor.to(dtype))

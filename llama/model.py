@@ -101,6 +101,11 @@ class ModelArgs:
                 f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}."
             )
 
+    def cache_shape(self) -> tuple[int, int, int, int, int]:
+        """(L, B, K, S, D) of a cache for this rank's heads; several ranks may keep the same one."""
+        kv_heads = max(self.kv_heads // parallel.size(), 1)
+        return self.n_layers, self.max_batch_size, kv_heads, self.max_seq_len, self.head_dim
+
     def rank_counts(self) -> list[int]:
         """The numbers of model-parallel ranks this model divides over: whole heads, equal shares of every matrix.
 
@@ -115,33 +120,6 @@ class ModelArgs:
                 counts.append(n)
 
         return counts
-
-    def memory(
-        self,
-        itemsize: int,
-        ranks: int = 1,
-        *,
-        layers: float | None = None,
-        output: float | None = None,
-    ) -> tuple[int, int]:
-        """Bytes of (weights, cache) that each of `ranks` ranks holds at `itemsize` bytes a number.
-
-        The numbers of the matrices in `layers` and of the `output` layer may take another number of bytes.
-        """
-        kv_heads = max(self.kv_heads // ranks, 1)  # of this rank
-        attention = 2 * self.dim * self.dim // ranks + 2 * self.dim * kv_heads * self.head_dim
-        feed_forward = 3 * self.dim * self.ffn_hidden_dim // ranks
-        others = (
-            self.vocab_size * self.dim // ranks + (2 * self.n_layers + 1) * self.dim
-        )  # embedding and norms
-        weights = (
-            self.n_layers * (attention + feed_forward) * (layers or itemsize) + others * itemsize
-        )
-        weights += -(-self.vocab_size // ranks) * self.dim * (output or itemsize)
-        cache = (
-            2 * self.n_layers * self.max_batch_size * self.max_seq_len * kv_heads * self.head_dim
-        )
-        return int(weights), cache * itemsize
 
 
 class RMSNorm(nn.Module):
@@ -360,7 +338,7 @@ class Transformer(nn.Module):
             or self.cache.k.device != weight.device
             or self.cache.k.dtype != weight.dtype
         ):
-            self.cache = KVCache.allocate(self.params, weight.dtype, weight.device)
+            self.cache = KVCache.allocate(self.params.cache_shape(), weight.dtype, weight.device)
         return self.cache
 
     def forward(

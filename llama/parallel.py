@@ -80,19 +80,27 @@ def initialize(model_parallel_size: int | None, backend: str | None, device: tor
     if ranks < 1 or count % ranks:
         job = f"this job has {count} process{'es' * (count > 1)}"
         start = f"start it with `torchrun --standalone --nproc_per_node {max(ranks, 1)} ...`"
-        raise ValueError(f"model_parallel_size is {ranks}, but {job}; {start}, or leave the argument out.")
+        raise ValueError(
+            f"model_parallel_size is {ranks}, but {job}; {start}, or leave the argument out."
+        )
     if fairscale_state.model_parallel_is_initialized():
         if size() != ranks:
-            raise ValueError(f"This process already shares models over {size()} ranks; it cannot now use {ranks}.")
+            raise ValueError(
+                f"This process already shares models over {size()} ranks; it cannot now use {ranks}."
+            )
         return
     if ranks == 1:
         return
     if backend is None:
-        raise ValueError(f"Collectives do not work on {device.type}; use one process there, or device='cpu'.")
+        raise ValueError(
+            f"Collectives do not work on {device.type}; use one process there, or device='cpu'."
+        )
     if not dist.is_initialized():
         store, number, count = next(dist.rendezvous("env://"))
         device_id = device if device.index is not None else None
-        dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=device_id)
+        dist.init_process_group(
+            backend, store=store, rank=number, world_size=count, device_id=device_id
+        )
         atexit.register(close)
         end_job_on_error(store)
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines
@@ -141,7 +149,10 @@ def broadcast_object(value: Any, device: torch.device) -> Any:
     if size() == 1:
         return value
     box = [value]
-    source, group = fairscale_state.get_model_parallel_src_rank(), fairscale_state.get_model_parallel_group()
+    source, group = (
+        fairscale_state.get_model_parallel_src_rank(),
+        fairscale_state.get_model_parallel_group(),
+    )
     dist.broadcast_object_list(box, source, group=group, device=device)
     return box[0]
 
@@ -231,7 +242,9 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     many times in `out_features`: two key-value heads of dimension 64 on four ranks are 256 features in two copies.
     """
 
-    def __init__(self, in_features: int, out_features: int, gather_output: bool = False, copies: int = 1):
+    def __init__(
+        self, in_features: int, out_features: int, gather_output: bool = False, copies: int = 1
+    ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.gather_output, self.copies = gather_output, copies
@@ -252,7 +265,11 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.in_features, self.out_features, self.input_is_parallel = (
+            in_features,
+            out_features,
+            True,
+        )
         self.input_size_per_partition = in_features // size()
         hold(self, out_features, self.input_size_per_partition)
 

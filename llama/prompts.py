@@ -48,7 +48,9 @@ def check_dialogs(dialogs: Sequence[Dialog], *, continue_final: bool = False) ->
     if isinstance(dialogs, str | Mapping) or not isinstance(dialogs, Sequence):
         raise ValueError(f"Dialogs must come as a list of dialogs, not {type(dialogs).__name__}.")
     if dialogs and isinstance(dialogs[0], Mapping):
-        raise ValueError("Dialogs must come as a list of dialogs, not as one list of messages; write [dialog].")
+        raise ValueError(
+            "Dialogs must come as a list of dialogs, not as one list of messages; write [dialog]."
+        )
 
     for index, dialog in enumerate(dialogs):
         check_dialog(dialog, f"Dialog {index}", continue_final=continue_final)
@@ -126,11 +128,15 @@ def format_dialog(dialog: Dialog, *, continue_final: bool = False) -> list[str]:
     if beginning:
         last = f"{last} {beginning}"
 
-    finished = [f"{question} {answer} " for question, answer in zip(questions, answers, strict=True)]
+    finished = [
+        f"{question} {answer} " for question, answer in zip(questions, answers, strict=True)
+    ]
     return [*finished, last]
 
 
-def encode_dialog(tokenizer: Tokenizer, dialog: Dialog, *, continue_final: bool = False) -> list[int]:
+def encode_dialog(
+    tokenizer: Tokenizer, dialog: Dialog, *, continue_final: bool = False
+) -> list[int]:
     """The prompt of a chat model: every exchange between BOS and EOS, the last one without EOS.
 
     With `continue_final` the dialog's last message is the beginning of an answer, which the model is to continue.
@@ -148,7 +154,9 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Dialog, *, continue_final: bool 
     return ids + tokenizer.encode(last, bos=True, eos=False)
 
 
-def encode_infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False) -> list[int]:
+def encode_infilling(
+    tokenizer: Tokenizer, prefix: str, suffix: str, suffix_first: bool = False
+) -> list[int]:
     """The prompt whose continuation, up to EOT, belongs between `prefix` and `suffix`.
 
     The prefix begins the text, so like any text it has an implied space before its first word; the suffix goes on
@@ -158,7 +166,9 @@ def encode_infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     if None in (pre, suf, mid, tokenizer.eot_id):
         pieces = ", ".join(INFILLING_PIECES)
         fitting = "Code Llama 7B or 13B, base or Instruct, and its tokenizer"
-        raise ValueError(f"This tokenizer lacks the pieces for infilling ({pieces}); use {fitting}.")
+        raise ValueError(
+            f"This tokenizer lacks the pieces for infilling ({pieces}); use {fitting}."
+        )
 
     before = tokenizer.encode(prefix, bos=False, eos=False)
     after = tokenizer.encode(suffix, bos=False, eos=False, inner=True)

@@ -10,9 +10,14 @@ from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
 
-from llama.files import refuse
+from llama.formats.recognise import refuse
 
-PREFIX, SUFFIX, MIDDLE, EOT = INFILLING_PIECES = ("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", "\u2581<EOT>")
+PREFIX, SUFFIX, MIDDLE, EOT = INFILLING_PIECES = (
+    "\u2581<PRE>",
+    "\u2581<SUF>",
+    "\u2581<MID>",
+    "\u2581<EOT>",
+)
 MARK = "\ue000"  # a private character, in no vocabulary: no piece joins it to the text behind it
 
 
@@ -45,12 +50,16 @@ class Tokenizer:
         """Load `tokenizer.model`. Raises `FileNotFoundError`, or `ValueError` for a file that is something else."""
         path = Path(model_path)
         if not path.is_file():
-            raise FileNotFoundError(f"No tokenizer at {path}; give tokenizer_path, the checkpoint's tokenizer.model.")
+            raise FileNotFoundError(
+                f"No tokenizer at {path}; give tokenizer_path, the checkpoint's tokenizer.model."
+            )
         refuse(path, "a sentencepiece model", "fetch the checkpoint's tokenizer.model")
         try:
             self.sp_model = SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise ValueError(f"{path} is not a sentencepiece model, or is damaged; fetch it again.") from None
+            raise ValueError(
+                f"{path} is not a sentencepiece model, or is damaged; fetch it again."
+            ) from None
         self.n_words: int = self.sp_model.vocab_size()
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()

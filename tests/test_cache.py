@@ -13,7 +13,7 @@ PARAMS = BASE_PARAMS | {"n_kv_heads": 2}
 @pytest.fixture
 def cache() -> KVCache:
     args = ModelArgs(**PARAMS, max_batch_size=4, max_seq_len=16)
-    cache = KVCache.allocate(args, torch.float32, "cpu")
+    cache = KVCache.allocate(args.cache_shape(), torch.float32, "cpu")
     cache.k.copy_(torch.arange(cache.k.numel(), dtype=torch.float32).view_as(cache.k))
     cache.v.copy_(-cache.k)
     return cache
@@ -65,7 +65,7 @@ def test_a_direct_call_is_refused_while_rows_are_running(model):
     model.own_cache().running.add(3)
     with pytest.raises(RuntimeError, match=r"in use by a call that is still running"):
         model(torch.tensor([[9]]), 0)
-    other = KVCache.allocate(model.params, torch.float32, "cpu")
+    other = KVCache.allocate(model.params.cache_shape(), torch.float32, "cpu")
     assert model(torch.tensor([[9]]), 0, cache=other).shape == (1, 1, PARAMS["vocab_size"])
 
 
@@ -76,6 +76,6 @@ def test_too_many_rows_are_named(model):
 
 def test_a_cache_shorter_than_the_context_is_named(model):
     args = ModelArgs(**PARAMS, max_batch_size=2, max_seq_len=4)
-    small = KVCache.allocate(args, torch.float32, "cpu")
+    small = KVCache.allocate(args.cache_shape(), torch.float32, "cpu")
     with pytest.raises(ValueError, match="Position 4 does not fit a cache of max_seq_len 4"):
         model(torch.zeros(1, 5, dtype=torch.int64), 0, cache=small)

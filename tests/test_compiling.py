@@ -21,9 +21,7 @@ CONTEXT = 96
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(
-        PARAMS, random_weights(PARAMS, seed=3), max_batch_size=6, max_seq_len=CONTEXT
-    )
+    return build_model(PARAMS, random_weights(PARAMS, seed=3), max_batch_size=6, max_seq_len=CONTEXT)
 
 
 def prompt(length: int) -> list[int]:
@@ -32,27 +30,19 @@ def prompt(length: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode", compiling.MODES
-)  # without a GPU the same, but each has its own way through torch
+@pytest.mark.parametrize("mode", compiling.MODES)  # without a GPU the same, but each has its own way through torch
 def test_compiled_steps_choose_what_eager_ones_do(model, tokenizer, capfd, monkeypatch, mode):
     prompts = [prompt(5), prompt(12)]
     eager = Llama(model, tokenizer)
     compiled = Llama(model, tokenizer, compile=mode)
 
-    assert compiled.generate(prompts, 12, temperature=0) == eager.generate(
-        prompts, 12, temperature=0
-    )
+    assert compiled.generate(prompts, 12, temperature=0) == eager.generate(prompts, 12, temperature=0)
     assert "llama: compiled a step of 2 rows and 16 positions in" in capfd.readouterr().err
 
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    assert compiled.generate(prompts[:1], 3, temperature=0) == eager.generate(
-        prompts[:1], 3, temperature=0
-    )
+    assert compiled.generate(prompts[:1], 3, temperature=0) == eager.generate(prompts[:1], 3, temperature=0)
     pairs = zip(compiled.score(["a b"]), eager.score(["a b"]), strict=True)
-    assert all(
-        one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-5) for one, other in pairs
-    )
+    assert all(one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-5) for one, other in pairs)
 
 
 @pytest.mark.slow
@@ -70,9 +60,7 @@ def test_a_compiled_step_reads_the_cache_of_each_call(tokenizer):
             models[0](tokens[:, :-1], 0, cache=cache)
             cache.forget(2)
             logits = step(tokens[:, -1:], torch.tensor([6]), cache.window(0, 1, 8))
-        torch.testing.assert_close(
-            logits[0, 0], models[0](tokens).detach()[0, -1], atol=2e-4, rtol=0
-        )
+        torch.testing.assert_close(logits[0, 0], models[0](tokens).detach()[0, -1], atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6])
@@ -85,9 +73,7 @@ def test_compiled_shapes_are_few(model, tokenizer, rows):
         shapes.add((len(tokens), window.keys[0].shape[2]))
         return model(tokens, positions=positions, cache=window)
 
-    expected = Llama(model, tokenizer).generate(
-        [prompt(n) for n in range(3, 3 + rows)], 70, temperature=0
-    )
+    expected = Llama(model, tokenizer).generate([prompt(n) for n in range(3, 3 + rows)], 70, temperature=0)
     for held in model.own_cache().ids:
         held.clear()
     llama.engine.compiled = step

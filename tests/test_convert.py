@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import Llama, checkpoint
-from llama.convert import Bar, OutputFile, convert
+from llama import Llama, formats
+from llama.convert import convert
+from llama.formats.writing import OutputFile
 from support.checkpoints import write_checkpoint
 from support.models import BASE_PARAMS, random_weights
 
@@ -82,7 +83,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_path_computes_the_same(tmp_path, tokenizer_path, variant):
+def test_round_trips_compute_the_same(tmp_path, tokenizer_path, variant):
     """transformers to 1, 2 and 4 files and back: its own logits to the bit, and ours to the bit as well."""
     sizes = params_of(variant)
     torch.manual_seed(0)
@@ -145,7 +146,7 @@ def test_round_trips_are_exact(tmp_path, tokenizer_path, variant, dtype):
     )
 
 
-def test_the_order_of_rows_that_transformers_reads(source, tmp_path):
+def test_layout_of_rows_is_what_transformers_reads(source, tmp_path):
     """Row 2i of a head becomes row i, row 2i + 1 row i + D/2; k by its own heads."""
     convert(source, tmp_path / "hf", to="hf")
     written = load_file(tmp_path / "hf/model.safetensors")
@@ -157,7 +158,7 @@ def test_the_order_of_rows_that_transformers_reads(source, tmp_path):
     assert written["model.layers.1.self_attn.v_proj.weight"].equal(stored["layers.1.attention.wv.weight"])
 
 
-def test_the_same_layout_is_cut_anew(source, tmp_path):
+def test_layout_that_stays_is_cut_anew(source, tmp_path):
     """Rows of an uneven vocabulary are shared out without padding, and a file holds no more than its share."""
     convert(source, tmp_path / "four", shards=4)
     parts = [torch.load(path, weights_only=True) for path in sorted((tmp_path / "four").glob("*.pth"))]
@@ -171,7 +172,7 @@ def test_the_same_layout_is_cut_anew(source, tmp_path):
     assert ours(tmp_path / "four").equal(ours(source))
 
 
-def test_another_number_format(source, tmp_path):
+def test_dtype_that_is_asked_for_is_written(source, tmp_path):
     convert(source, tmp_path / "meta", dtype="bfloat16")
     convert(source, tmp_path / "hf", to="hf", dtype="float16")
     stored = whole(source)
@@ -214,7 +215,7 @@ def write_adapter(folder: Path, rows: int = 16) -> Path:
 
 
 @pytest.mark.parametrize("to, shards", [("meta", 1), ("meta", 4), ("hf", 1)])
-def test_a_merged_adapter_is_written(source, tmp_path, to, shards):
+def test_adapter_is_merged_into_what_is_written(source, tmp_path, to, shards):
     """What is written opens without the adapter and computes what base and adapter compute; 4 files cut k's heads."""
     adapter = write_adapter(tmp_path / "adapter")
     convert(source, tmp_path / "merged", to, shards, lora=adapter)
@@ -223,7 +224,7 @@ def test_a_merged_adapter_is_written(source, tmp_path, to, shards):
     assert not expected.allclose(ours(source), atol=0.1)
 
 
-def test_an_adapter_for_another_base(source, tmp_path):
+def test_adapter_for_another_base_is_refused(source, tmp_path):
     adapter = write_adapter(tmp_path / "adapter", rows=32)
     refusal(tmp_path, source, "layers.0.attention.wk.weight", str(adapter), "(32, 32)", "(16, 32)", lora=adapter)
 
@@ -242,7 +243,7 @@ def test_llama_1_with_an_open_vocabulary(tmp_path, tokenizer_path):
     assert not {"n_kv_heads", "rope_theta", "ffn_dim_multiplier"} & params.keys(), "older readers know none of them"
 
 
-def test_what_comes_along(tmp_path, tokenizer_path, source):
+def test_companions_come_along(tmp_path, tokenizer_path, source):
     """The tokenizer always; what transformers reads beside it only from one of its folders to another."""
     convert(source, tmp_path / "hf", to="hf")
     (tmp_path / "hf/tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
@@ -259,7 +260,7 @@ def test_what_comes_along(tmp_path, tokenizer_path, source):
 
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
-def test_the_checklist(source, tmp_path, to):
+def test_checklist_has_every_file(source, tmp_path, to):
     """Every file but the checklist itself, in the format of md5sum."""
     convert(source, tmp_path / "out", to=to, shards=2)
     lines = (tmp_path / "out/checklist.chk").read_text().splitlines()
@@ -283,16 +284,7 @@ def command(*arguments: object) -> subprocess.Popen:
     )
 
 
-def test_the_bar_moves_on_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    bar = Bar(200)
-    for _ in range(200):
-        bar.advance(1)
-    err = capsys.readouterr().err
-    assert err.count("\r") == 101 and err.endswith("GB\n") and " 37%" in err
-
-
-def test_the_command(source, tmp_path):
+def test_command_writes_files_and_one_line(source, tmp_path):
     process = command(source, tmp_path / "out", "--to", "hf", "--shards", 2, "--dtype", "bfloat16")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -302,7 +294,7 @@ def test_the_command(source, tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_wrong_argument_ends_in_its_sentence(source, tmp_path):
+def test_command_with_a_wrong_argument_ends_in_a_sentence(source, tmp_path):
     process = command(source, tmp_path / "out", "--to", "gguf")
     _, err = process.communicate(timeout=300)
     assert process.returncode != 0
@@ -312,7 +304,7 @@ def test_a_wrong_argument_ends_in_its_sentence(source, tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="holds the command still with a named pipe")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=str)
-def test_an_interruption_leaves_nothing_that_looks_finished(source, tmp_path, number):
+def test_command_interrupted_leaves_nothing_that_looks_finished(source, tmp_path, number):
     """Stopped once its first file is written, at the tokenizer: a pipe into which nobody writes the rest."""
     pipe = tmp_path / "tokenizer.pipe"
     script = (
@@ -362,7 +354,7 @@ def refusal(tmp_path: Path, source: Path, *words: str, error=ValueError, **optio
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_that_holds_something_is_left_alone(source, tmp_path):
+def test_destination_that_holds_something_is_left_alone(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine")
     refusal(tmp_path, source, "out exists", error=FileExistsError)
@@ -371,7 +363,7 @@ def test_a_folder_that_holds_something_is_left_alone(source, tmp_path):
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
-def test_an_empty_folder_is_filled(source, tmp_path):
+def test_destination_that_is_empty_is_filled(source, tmp_path):
     (tmp_path / "out").mkdir()
     convert(source, tmp_path / "out")
     convert(source, tmp_path / "new" / "and" / "deep")
@@ -380,30 +372,30 @@ def test_an_empty_folder_is_filled(source, tmp_path):
 
 
 @pytest.mark.parametrize("shards", [0, -1, 3, 8, "2", 1.5, 1.0, True])
-def test_a_number_of_files_that_does_not_divide(source, tmp_path, shards):
+def test_shards_that_do_not_divide_are_refused(source, tmp_path, shards):
     refusal(tmp_path, source, f"--shards is {shards!r}", "[1, 2, 4]", shards=shards)
 
 
 @pytest.mark.parametrize("shards", [0, -1, 22, "2", 1.5])
-def test_more_files_than_tensors(source, tmp_path, shards):
+def test_shards_beyond_the_tensors_are_refused(source, tmp_path, shards):
     refusal(tmp_path, source, f"--shards is {shards!r}", "from 1 to 21", to="hf", shards=shards)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5, 20, 21])
-def test_tensors_spread_over_any_number_of_files(source, tmp_path, shards):
+def test_shards_of_any_number_hold_all_tensors(source, tmp_path, shards):
     convert(source, tmp_path / "out", to="hf", shards=shards)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) == shards and all(load_file(path) for path in files)
     assert ours(tmp_path / "out").equal(ours(source))
 
 
-def test_wrong_arguments(source, tmp_path):
+def test_arguments_that_are_wrong_are_named(source, tmp_path):
     refusal(tmp_path, source, "--to is 'pt'", "meta or hf", to="pt")
     refusal(tmp_path, source, "'int4'", "bfloat16", dtype="int4")
     refusal(tmp_path, tmp_path / "none", "none", "does not exist", error=FileNotFoundError)
 
 
-def test_a_damaged_source(source, tmp_path):
+def test_source_that_is_damaged_is_named(source, tmp_path):
     """Found before anything is written."""
     stored = torch.load(source / "consolidated.00.pth", weights_only=True)
     name = "layers.1.feed_forward.w2.weight"
@@ -418,14 +410,14 @@ def test_a_damaged_source(source, tmp_path):
     refusal(tmp_path, source, "tokenizer.model", error=FileNotFoundError, dst=tmp_path / "other")
 
 
-def test_a_tokenizer_of_another_model(tmp_path, tokenizer_path):
+def test_source_with_another_models_tokenizer_is_refused(tmp_path, tokenizer_path):
     params = BASE_PARAMS | {"vocab_size": 470}
     folder = write_checkpoint(tmp_path / "source", params, random_weights(params), tokenizer_path)
     refusal(tmp_path, folder, "480 ids", "470 rows")
 
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
-def test_a_disk_without_room_is_seen_before(source, tmp_path, monkeypatch, to):
+def test_disk_without_room_is_seen_before(source, tmp_path, monkeypatch, to):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     refusal(tmp_path, source, "is full", "GB are free", "nothing was left", error=OSError, to=to)
 
@@ -444,7 +436,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_disk_that_fills_up(source, small_disk, monkeypatch, to, shards):
+def test_disk_that_fills_up_is_named(source, small_disk, monkeypatch, to, shards):
     """Another program took the room after it was counted: the same sentence, and the partial output is gone."""
     free = shutil.disk_usage(small_disk)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free._replace(free=10**12))
@@ -452,7 +444,7 @@ def test_a_disk_that_fills_up(source, small_disk, monkeypatch, to, shards):
 
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
-def test_a_write_that_fails_for_another_reason(source, tmp_path, monkeypatch, to):
+def test_disk_that_fails_for_another_reason_is_named(source, tmp_path, monkeypatch, to):
     """torch has its own words for a failed write; the system's are what the user needs."""
     write = OutputFile.write
 
@@ -468,8 +460,22 @@ def test_a_write_that_fails_for_another_reason(source, tmp_path, monkeypatch, to
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_a_source_that_is_open_elsewhere_is_only_read(source, tmp_path):
+def test_source_is_only_read(source, tmp_path):
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()}
     convert(source, tmp_path / "out", to="hf")
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in source.iterdir()} == before
-    assert checkpoint.find(tmp_path / "out").params["n_kv_heads"] == 2
+    assert formats.find(tmp_path / "out").params["n_kv_heads"] == 2
+
+
+def test_quantized_source_is_refused(source, tmp_path):
+    convert(source, tmp_path / "small", quantize="int8")
+    with pytest.raises(ValueError, match="is quantized; convert the original"):
+        convert(tmp_path / "small", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int3"}, {"to": "hf"}, {"shards": 2}])
+def test_arguments_of_a_quantization_that_are_wrong_are_named(source, tmp_path, options):
+    with pytest.raises(ValueError, match=r"--quantize is '\w+'; it must be"):
+        convert(source, tmp_path / "small", **({"quantize": "int4"} | options))
+    assert not (tmp_path / "small").exists()

@@ -25,9 +25,7 @@ CONTEXT = 96
 
 @pytest.fixture
 def model():
-    return build_model(
-        PARAMS, random_weights(PARAMS, seed=3), max_batch_size=6, max_seq_len=CONTEXT
-    )
+    return build_model(PARAMS, random_weights(PARAMS, seed=3), max_batch_size=6, max_seq_len=CONTEXT)
 
 
 @pytest.fixture
@@ -114,10 +112,7 @@ def test_prompt_scores_of_ragged_rows(model, tokenizer, monkeypatch, at_once):
     monkeypatch.setattr(engine_module, "SHORTEST_PASS", 4)
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", at_once)
     engine = Engine(model, 480)
-    rows = [
-        row(tokenizer, prompt(length), 0, echo=True, logprobs=True, top_logprobs=2)
-        for length in (3, 40, 12)
-    ]
+    rows = [row(tokenizer, prompt(length), 0, echo=True, logprobs=True, top_logprobs=2) for length in (3, 40, 12)]
     engine.submit(rows)
     run(engine)
 
@@ -130,17 +125,13 @@ def test_prompt_scores_of_ragged_rows(model, tokenizer, monkeypatch, at_once):
         values, likeliest = expected.topk(2, dim=-1)
         for position, top in enumerate(ended.top_logprobs[1:]):
             assert [id for id, _ in top] == likeliest[position].tolist()
-            assert [logprob for _, logprob in top] == pytest.approx(
-                values[position].tolist(), abs=2e-4
-            )
+            assert [logprob for _, logprob in top] == pytest.approx(values[position].tolist(), abs=2e-4)
 
 
 def test_equal_prompts_are_computed_once(model, tokenizer, passes):
     engine = Engine(model, 480)
     prompts = [prompt(9), prompt(30), prompt(9), prompt(30), prompt(9)]
-    rows = [
-        row(tokenizer, ids, logit_bias={50 + n: 100.0}) for n, ids in enumerate(prompts)
-    ]  # each goes its own way
+    rows = [row(tokenizer, ids, logit_bias={50 + n: 100.0}) for n, ids in enumerate(prompts)]  # each goes its own way
     engine.submit(rows)
     run(engine)
     assert [shape for shape in passes if shape[1] > 1] == [(2, 30)]
@@ -220,9 +211,7 @@ def test_idle_slots_between_running_ones_keep_what_they_hold(model, tokenizer, p
 def test_rows_enter_as_others_leave(model, tokenizer):
     """Thirty rows of all lengths through six slots, arriving at all times."""
     engine = Engine(model, 480)
-    rows = [
-        row(tokenizer, prompt(1 + 7 * n % 40, n), 1 + 5 * n % 17, logprobs=True) for n in range(30)
-    ]
+    rows = [row(tokenizer, prompt(1 + 7 * n % 40, n), 1 + 5 * n % 17, logprobs=True) for n in range(30)]
     for n in range(0, 30, 3):
         engine.submit(rows[n : n + 3])
         engine.step()
@@ -295,9 +284,7 @@ def test_a_row_that_is_not_finite_ends_alone(model, tokenizer):
 def test_any_logits_that_are_not_finite_fail_the_row(model, tokenizer, value):
     """Infinite ones too: a plus would be chosen always, a minus never."""
     engine = Engine(model, 480)
-    model.output.register_forward_hook(
-        lambda module, inputs, output: output.index_fill(-1, torch.tensor(7), value)
-    )
+    model.output.register_forward_hook(lambda module, inputs, output: output.index_fill(-1, torch.tensor(7), value))
     ended = row(tokenizer, prompt(9))
     engine.submit([ended])
     run(engine)
@@ -405,10 +392,7 @@ def test_eight_threads_get_what_each_would_get_alone(llama, tokenizer):
         return llama.text_completion([texts[n % 4]] * 2, 0, max_gen_len=7, stop=["a", "e"])
 
     def scores(n: int) -> object:
-        return [
-            [round(x, 3) for x in one["logprobs"]]
-            for one in llama.score([texts[n % 4], texts[(n + 1) % 4]])
-        ]
+        return [[round(x, 3) for x in one["logprobs"]] for one in llama.score([texts[n % 4], texts[(n + 1) % 4]])]
 
     def chats(n: int) -> object:
         dialogs = [[{"role": "user", "content": text}] for text in (texts[n % 4], "[INST]")]
@@ -442,9 +426,7 @@ def test_eight_threads_get_what_each_would_get_alone(llama, tokenizer):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {
-        (call, n, turn): expected[call, n] for call, n in expected for turn in range(2)
-    }
+    assert found == {(call, n, turn): expected[call, n] for call, n in expected for turn in range(2)}
     assert llama.engine.slots.everybody() == []
 
 
@@ -455,10 +437,7 @@ def test_seeds_are_drawn_in_the_order_of_arrival(model, tokenizer):
     alone = [llama.generate([prompt(9)], 8, 1.0)[0] for _ in range(4)]
     llama = Llama(model, tokenizer, seed=5)
     found = []
-    threads = [
-        threading.Thread(target=lambda: found.append(llama.generate([prompt(9)], 8, 1.0)[0]))
-        for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(llama.generate([prompt(9)], 8, 1.0)[0])) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

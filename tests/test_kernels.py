@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama import Llama, loading, quantize
+from llama import Llama, kernels, loading
 from llama.convert import convert
+from llama.kernels import FORMATS, GROUP, Int4, Int8
 from llama.model import ModelArgs
-from llama.quantize import FORMATS, GROUP, PACKED_ROWS, Int4, Int8
 from support.checkpoints import write_checkpoint
 from support.launching import launch
 from support.models import build_model, random_weights
@@ -23,7 +23,7 @@ def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-def packed(kind: str, weight: torch.Tensor) -> quantize.Quantized:
+def packed(kind: str, weight: torch.Tensor) -> kernels.Quantized:
     """Quantized, and in the layout of this processor's kernel."""
     result = FORMATS[kind](*weight.shape)
     result.quantize(weight)
@@ -59,14 +59,14 @@ def test_int4_is_better_than_rounding_between_the_extremes(shape):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_rows_of_one_value_and_of_nothing(kind):
+def test_numbers_of_one_value_and_of_nothing(kind):
     for value in (0.0, 0.5, -2.0):
         weight = torch.full((64, 64), value)
         torch.testing.assert_close(packed(kind, weight).dequantized(), weight, rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_an_outlier_hurts_its_own_row_or_group_alone(kind):
+def test_numbers_beside_an_outlier_suffer_in_its_row_or_group_alone(kind):
     weight = matrix(64, 128)
     weight[3, 5] = 50.0
     error = (packed(kind, weight).dequantized() - weight).abs()
@@ -76,11 +76,11 @@ def test_an_outlier_hurts_its_own_row_or_group_alone(kind):
     assert not hurt.any()
 
 
-def test_large_matrices_are_quantized_some_rows_at_a_time(monkeypatch):
+def test_numbers_of_large_matrices_are_taken_some_rows_at_a_time(monkeypatch):
     weight = matrix(192, 64)
     for kind in FORMATS:
         whole = packed(kind, weight).dequantized()
-        monkeypatch.setattr(quantize, "ROWS_AT_ONCE", 50)
+        monkeypatch.setattr(kernels, "ROWS_AT_ONCE", 50)
         assert torch.equal(packed(kind, weight).dequantized(), whole)
 
 
@@ -89,12 +89,47 @@ def test_int4_needs_whole_groups():
         Int4(64, 40)
 
 
+def test_int4_bytes_hold_the_even_column_in_their_lower_half():
+    """Writing and reading must not change together: what was stored once has to stay readable.
+
+    A row of 0 1 2 ... 15, twice, is exact at the scale 1 and the zero 8.
+    """
+    row = [*range(16), *range(16)]
+    found = Int4(1, GROUP)
+    found.quantize(torch.tensor([row], dtype=torch.float32))
+    assert found.int4.tolist() == [[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2]
+    assert (found.scale.item(), found.zero.item()) == (1.0, 8.0)
+    found.int4 = torch.tensor([[0x21, 0x43, *[0x88] * 14]], dtype=torch.uint8)
+    assert found.dequantized()[0].tolist() == [1.0, 2.0, 3.0, 4.0, *[8.0] * 28]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", [(64, 64), (50, 64)])
+def test_state_dict_has_the_parts_of_a_packed_matrix(kind, shape):
+    """A packed int4 matrix was missing from it, and a checkpoint of such a model lacked all of its layers."""
+    plain = FORMATS[kind](*shape)
+    plain.quantize(matrix(*shape))
+    held = packed(kind, matrix(*shape))
+    saved = held.state_dict()
+    assert list(saved) == list(plain.parts)
+    for name, tensor in plain.state_dict().items():
+        assert saved[name].equal(tensor) and saved[name].is_contiguous(), name
+
+    other = packed(kind, matrix(*shape, seed=1))
+    was_packed = getattr(other, "packed", None) is not None
+    other.load_state_dict(saved)
+    assert other.dequantized().equal(plain.dequantized())
+    assert (getattr(other, "packed", None) is not None) == was_packed
+    x = matrix(2, shape[1], seed=2)
+    assert other(x).equal(held(x))
+
+
 # --- products ----------------------------------------------------------------------------------------------------
 
 
-def test_this_processor_has_a_packed_layout_that_is_understood():
+def test_int4_layout_of_this_processor_is_understood():
     """Otherwise the next tests would compare one path with itself."""
-    assert quantize.block_width() in (16, 32)
+    assert kernels.block_width() in (16, 32)
     assert packed("int4", matrix(64, 64)).packed is not None
     assert packed("int4", matrix(50, 64)).packed is None
 
@@ -107,7 +142,7 @@ def test_products_are_those_of_the_dequantized_matrix(kind, shape, dtype, monkey
 
     However many of the matrix's rows are written out at once.
     """
-    weight, most = packed(kind, matrix(*shape)), PACKED_ROWS[kind]
+    weight, most = packed(kind, matrix(*shape)), FORMATS[kind].packed_rows
     for rows in ((1,), (1, 1), (2, 3), (most,), (most + 1,), (4, 30)):
         x = matrix(max(rows), shape[1], seed=1).expand(*rows, -1).contiguous().to(dtype)
         found, expected = weight(x), F.linear(x.float(), weight.dequantized())
@@ -115,7 +150,7 @@ def test_products_are_those_of_the_dequantized_matrix(kind, shape, dtype, monkey
         few = torch.Size(rows).numel() <= most
         tolerance = 6e-3 if few or dtype == torch.bfloat16 else 1e-5
         assert (found.float() - expected).norm() <= tolerance * expected.norm(), rows
-    monkeypatch.setattr(quantize, "WRITTEN_OUT", 1)
+    monkeypatch.setattr(kernels, "WRITTEN_OUT", 1)
     torch.testing.assert_close(weight(x), found)
 
 
@@ -128,7 +163,7 @@ def test_products_in_float16_stay_finite(kind):
         assert (weight(x[:rows].half()).float() - expected[:rows]).norm() < 6e-3 * expected[:rows].norm()
 
 
-def test_an_inner_size_that_the_kernel_gets_wrong():
+def test_products_of_an_inner_size_that_torch_gets_wrong():
     """torch's int8 kernel needs multiples of 16 and does not say so."""
     weight, x = packed("int8", matrix(64, 24)), matrix(1, 24, seed=1)
     torch.testing.assert_close(weight(x), F.linear(x, weight.dequantized()))
@@ -159,7 +194,7 @@ def dequantized_weights(kind: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_model_is_that_of_the_dequantized_weights(folder, kind, capfd):
+def test_quantized_model_is_that_of_the_dequantized_weights(folder, kind, capfd):
     llama = build(folder, quantize=kind)
     assert f"float32 with {kind} matrices" in capfd.readouterr().err
     plain = build_model(PARAMS, dequantized_weights(kind), max_seq_len=48)
@@ -182,7 +217,7 @@ def test_quantized_logits_stay_near_the_original(folder):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_held_is_what_is_said(folder, kind):
+def test_quantized_model_holds_what_is_said(folder, kind):
     model = build(folder, quantize=kind).model
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     said = loading.held(model.params, 4, kind, 1)[0]
@@ -193,7 +228,17 @@ def test_what_is_held_is_what_is_said(folder, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_converted_checkpoint_loads_without_the_original(folder, tmp_path, kind):
+def test_quantized_checkpoint_is_the_state_of_the_model(folder, tmp_path, kind):
+    """`state_dict()` of a model that was quantized here is, tensor for tensor, what `convert` writes."""
+    convert(folder, tmp_path / "small", quantize=kind)
+    stored = torch.load(tmp_path / "small" / "consolidated.00.pth", weights_only=True)
+    state = build(folder, quantize=kind).model.state_dict()
+    assert stored.keys() == state.keys()
+    assert not [name for name in stored if not stored[name].equal(state[name])]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_quantized_checkpoint_loads_without_the_original(folder, tmp_path, kind):
     convert(folder, tmp_path / "small", quantize=kind)
     stored, fresh = build(tmp_path / "small"), build(folder, quantize=kind)
     tokens = torch.tensor([PROMPTS[2]])
@@ -211,21 +256,7 @@ def test_a_converted_checkpoint_loads_without_the_original(folder, tmp_path, kin
             build(tmp_path / "small", **options)
 
 
-def test_a_quantized_checkpoint_is_no_source(folder, tmp_path):
-    convert(folder, tmp_path / "small", quantize="int8")
-    with pytest.raises(ValueError, match="is quantized; convert the original"):
-        convert(tmp_path / "small", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-@pytest.mark.parametrize("options", [{"quantize": "int3"}, {"to": "hf"}, {"shards": 2}])
-def test_wrong_arguments_of_a_conversion(folder, tmp_path, options):
-    with pytest.raises(ValueError, match=r"--quantize is '\w+'; it must be"):
-        convert(folder, tmp_path / "small", **({"quantize": "int4"} | options))
-    assert not (tmp_path / "small").exists()
-
-
-def test_a_missing_part_is_named(folder, tmp_path):
+def test_quantized_checkpoint_without_a_part_is_named(folder, tmp_path):
     convert(folder, tmp_path / "small", quantize="int8")
     path = tmp_path / "small" / "consolidated.00.pth"
     state = torch.load(path, weights_only=True)
@@ -235,12 +266,12 @@ def test_a_missing_part_is_named(folder, tmp_path):
         build(tmp_path / "small")
 
 
-def test_an_unknown_format(folder):
+def test_quantized_format_that_is_unknown_is_named(folder):
     with pytest.raises(ValueError, match=r"quantize is 'fp8'.*int8, int4"):
         build(folder, quantize="fp8")
 
 
-def test_too_little_memory_names_the_formats_that_fit(monkeypatch):
+def test_quantized_formats_that_fit_the_memory_are_named(monkeypatch):
     args = ModelArgs(dim=4096, n_layers=32, n_heads=32, vocab_size=32000, max_batch_size=1, max_seq_len=128)
     monkeypatch.setattr(loading, "free_memory", lambda device: 8 * 10**9)
     with pytest.raises(RuntimeError, match="quantize='int8', or quantize='int4'"):
@@ -254,7 +285,7 @@ def test_too_little_memory_names_the_formats_that_fit(monkeypatch):
 # --- several ranks -----------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_compute_what_one_does(folder, tmp_path, tokenizer_path):
+def test_quantized_ranks_compute_what_one_does(folder, tmp_path, tokenizer_path):
     """Scales of int8 cover whole rows: cut on columns and quantized apart, the ranks' numbers differ a little."""
     write_checkpoint(tmp_path / "int8 now", PARAMS, random_weights(PARAMS, seed=5), tokenizer_path)
     cases = {"int8 now": {"quantize": "int8"}}

@@ -50,7 +50,7 @@ def some_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def new_cache(model_params, batch: int = 4, length: int = 64) -> KVCache:
     args = ModelArgs(**model_params, max_batch_size=batch, max_seq_len=length)
-    return KVCache.allocate(args, torch.float32, torch.device("cpu"))
+    return KVCache.allocate(args.cache_shape(), torch.float32, torch.device("cpu"))
 
 
 def assert_close(ours: torch.Tensor, expected, tolerance: float) -> None:
@@ -146,15 +146,27 @@ def test_feed_forward_size_of_the_released_models(dim, multiple_of, multiplier, 
 
 def test_default_args_are_the_7b_model():
     args = ModelArgs()
-    assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size) == (4096, 32, 32, None, -1)
-    assert (args.multiple_of, args.ffn_dim_multiplier, args.norm_eps, args.rope_theta) == (256, None, 1e-5, 10000.0)
+    assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size) == (
+        4096,
+        32,
+        32,
+        None,
+        -1,
+    )
+    assert (args.multiple_of, args.ffn_dim_multiplier, args.norm_eps, args.rope_theta) == (
+        256,
+        None,
+        1e-5,
+        10000.0,
+    )
     assert (args.max_batch_size, args.max_seq_len) == (32, 2048)
 
 
 def watch(module: torch.nn.Module, seen: list) -> None:
     """Note what goes into and comes out of a part, whatever else it is called with."""
     module.register_forward_hook(
-        lambda _, args, kwargs, out: seen.append((args[0] if args else kwargs["x"], out)), with_kwargs=True
+        lambda _, args, kwargs, out: seen.append((args[0] if args else kwargs["x"], out)),
+        with_kwargs=True,
     )
 
 
@@ -256,7 +268,10 @@ def test_rewinding_is_safe(model):
 
 
 @settings(max_examples=20)
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 1000)), min_size=1, max_size=4), st.integers(1, 5))
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 1000)), min_size=1, max_size=4),
+    st.integers(1, 5),
+)
 def test_rows_at_their_own_positions_equal_one_by_one(gqa_model, rows, length):
     """Row b's new tokens go to positions[b] and after; the row alone, in one pass, gives the same logits."""
     sequences = [some_tokens(1, position + length, seed)[0] for position, seed in rows]
@@ -414,7 +429,11 @@ def test_global_state_is_untouched(tiny_params, weights):
     model(some_tokens(2, 5))
     model(some_tokens(2, 5), 0)
     assert torch.equal(torch.get_rng_state(), state)
-    assert defaults == (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
+    assert defaults == (
+        torch.get_default_dtype(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+    )
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -442,7 +461,14 @@ def test_a_start_pos_outside_the_context_is_named(model, start):
 
 @pytest.mark.parametrize(
     "positions",
-    [3, [0, 1], torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0]), torch.tensor([[0], [1]]), torch.ones(2)],
+    [
+        3,
+        [0, 1],
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor([0]),
+        torch.tensor([[0], [1]]),
+        torch.ones(2),
+    ],
     ids=str,
 )
 def test_positions_of_another_kind_are_named(model, positions):

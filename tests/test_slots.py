@@ -12,11 +12,7 @@ from llama.slots import Slots, common_prefix
 @pytest.fixture
 def slots() -> Slots:
     """Four slots; a key of slot s at position p is 100 s + p."""
-    k = (
-        torch.zeros(1, 4, 1, 64, 1)
-        + torch.arange(64).view(1, 1, 1, 64, 1)
-        + 100 * torch.arange(4).view(1, 4, 1, 1, 1)
-    )
+    k = torch.zeros(1, 4, 1, 64, 1) + torch.arange(64).view(1, 1, 1, 64, 1) + 100 * torch.arange(4).view(1, 4, 1, 1, 1)
     return Slots(KVCache(k, -k, ids=[[] for _ in range(4)], running=set()))
 
 
@@ -177,11 +173,7 @@ def test_cancelled_rows_leave_wherever_they_are(slots, row):
     slots.enter()
     slots.drop([seated[2], *waiting[:2]])
     assert [one.finish_reason for one in (seated[2], *waiting[:2])] == ["cancelled"] * 3
-    assert (
-        slots.rows.count(None) == 1
-        and slots.waiting == waiting[2:]
-        and slots.followers.get(waiting[0]) is None
-    )
+    assert slots.rows.count(None) == 1 and slots.waiting == waiting[2:] and slots.followers.get(waiting[0]) is None
     assert seated[0].finish_reason is None
 
 
@@ -190,8 +182,4 @@ def test_a_failed_row_leaves_a_wiped_slot(slots, row):
     slots.enter()
     through(slots, 0)
     slots.fail(0, RuntimeError("spoiled"))
-    assert (
-        slots.cache.k[:, 0].count_nonzero() == 0
-        and slots.cache.ids[0] == []
-        and slots.cache.running == set()
-    )
+    assert slots.cache.k[:, 0].count_nonzero() == 0 and slots.cache.ids[0] == [] and slots.cache.running == set()

@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import Llama, ModelArgs, Tokenizer, checkpoint
+from llama import Llama, ModelArgs, Tokenizer, formats
+from llama.formats import hf_layout, hugging_face, reading, slicing
 from support import reference
 from support.checkpoints import write_checkpoint
+from support.mapping import is_mapped, only_linux
 from support.models import BASE_PARAMS, as_float64, random_weights
+from support.refusals import refusal
 
 WORDS = 480  # ids of the tests' tokenizer
 IDS = torch.tensor([[1, 17, 450, 33, 5, 260, 479], [1, 9, 9, 100, 301, 2, 44]])
@@ -72,6 +75,11 @@ def logits(model: LlamaForCausalLM) -> torch.Tensor:
     return model(IDS).logits
 
 
+def refused(folder: Path, *words: str, error: type[Exception] = ValueError, **options) -> str:
+    """The message with which `build` refuses the folder."""
+    return refusal(lambda: build(folder, **options), *words, error=error)
+
+
 def reconfigure(folder: Path, **changes) -> None:
     """Set keys of `config.json`; None removes them."""
     path = folder / "config.json"
@@ -79,24 +87,12 @@ def reconfigure(folder: Path, **changes) -> None:
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def refusal(folder: Path, *words: str, error: type[Exception] = ValueError, **options) -> str:
-    """The message of the error of `build`: one line, a whole sentence, with `words`, no other error shown."""
-    with pytest.raises(error) as caught:
-        build(folder, **options)
-    message = str(caught.value)
-    assert type(caught.value) is error
-    assert caught.value.__context__ is None or caught.value.__suppress_context__
-    assert "\n" not in message and message.endswith("."), message
-    assert not [word for word in words if word not in message], message
-    return message
-
-
 # --- the same model ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", ["one file", "an index", "one pickle", "pickles"])
-def test_logits_equal_transformers(tmp_path, tokenizer_path, variant, layout):
+def test_logits_equal_those_of_transformers(tmp_path, tokenizer_path, variant, layout):
     model = make(variant)
     folder = save(model, tmp_path, tokenizer_path, max_shard_size="20KB" if layout == "an index" else "1GB")
     assert (folder / "model.safetensors").exists() == (layout != "an index")
@@ -127,7 +123,7 @@ def test_logits_equal_the_float64_reference(tmp_path, tokenizer_path, variant):
     model = make(variant)
     folder = save(model, tmp_path, tokenizer_path)
     config = model.config
-    weights = {ours: model.state_dict()[theirs].clone() for ours, theirs in checkpoint.hugging_face_names(2).items()}
+    weights = {ours: model.state_dict()[theirs].clone() for ours, theirs in hf_layout.hugging_face_names(2).items()}
     for name in [name for name in weights if ".wq." in name or ".wk." in name]:
         theirs = weights[name].clone()
         for row in range(theirs.shape[0]):
@@ -143,26 +139,26 @@ def test_logits_equal_the_float64_reference(tmp_path, tokenizer_path, variant):
 
 def test_rows_of_a_head_of_six():
     rows = torch.tensor([[0], [2], [4], [1], [3], [5], [10], [12], [14], [11], [13], [15]])
-    assert checkpoint.interleave(rows, 6).flatten().tolist() == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]
-    assert checkpoint.deinterleave(checkpoint.interleave(rows, 6), 6).equal(rows)
+    assert hf_layout.interleave(rows, 6).flatten().tolist() == [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15]
+    assert hf_layout.deinterleave(hf_layout.interleave(rows, 6), 6).equal(rows)
 
 
-def test_sizes(folder):
+def test_config_gives_the_sizes(folder):
     params = build(folder).model.params
     assert (params.dim, params.n_layers, params.n_heads, params.n_kv_heads) == (32, 2, 4, 2)
     assert (params.ffn_hidden_dim, params.vocab_size, params.rope_theta, params.norm_eps) == (72, WORDS, 1e6, 1e-5)
 
 
 @pytest.mark.parametrize("dim, width", [(4096, 11008), (5120, 13824), (8192, 28672), (8192, 22016), (32, 1), (32, 85)])
-def test_any_feed_forward_width(dim, width):
+def test_config_may_have_any_feed_forward_width(dim, width):
     """The widths of 7B, 13B, 70B and 34B, and one below and one at two thirds of four times the dimension."""
-    params = checkpoint.feed_forward_params(dim, width)
+    params = hugging_face.feed_forward_params(dim, width)
     assert ModelArgs(dim=dim, **params).ffn_hidden_dim == width
     assert (params == {"multiple_of": 256}) == (width in (11008, 13824, 22016))
 
 
 @pytest.mark.parametrize("theta", [1e4, 5e5])
-def test_the_older_spelling_of_theta(folder, theta):
+def test_config_may_spell_theta_the_older_way(folder, theta):
     """Written as `rope_theta` before transformers 5; absent in the oldest files, where it was always 10,000."""
     reconfigure(folder, rope_parameters=None, rope_theta=None if theta == 1e4 else theta, torch_dtype="float32")
     model = LlamaForCausalLM.from_pretrained(folder)
@@ -178,7 +174,7 @@ def test_tied_weights_that_are_stored_twice(tmp_path, tokenizer_path):
     torch.testing.assert_close(build(folder).model(IDS, 0), logits(model), atol=1e-4, rtol=0)
 
 
-def test_rotary_frequencies_are_ignored(folder):
+def test_rotary_frequencies_in_safetensors_are_ignored(folder):
     expected = build(folder).model(IDS, 0)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.full((4,), float("nan"))
@@ -186,7 +182,7 @@ def test_rotary_frequencies_are_ignored(folder):
     assert build(folder).model(IDS, 0).equal(expected)
 
 
-def test_metas_files_come_first(tmp_path, tokenizer_path):
+def test_folder_of_both_layouts_is_read_as_metas(tmp_path, tokenizer_path):
     params = BASE_PARAMS | {"vocab_size": WORDS}
     folder = save(make(), tmp_path, tokenizer_path)
     write_checkpoint(folder, params, random_weights(params))
@@ -194,7 +190,7 @@ def test_metas_files_come_first(tmp_path, tokenizer_path):
     assert build(folder).model.params.kv_heads == 4
 
 
-def test_text_comes_out(folder):
+def test_generated_ids_are_those_of_transformers(folder):
     ids, logprobs = build(folder).generate([[1, 17, 450], [1]], 6, 0, logprobs=True)
     model = LlamaForCausalLM.from_pretrained(folder)
     for prompt, row, values in zip([[1, 17, 450], [1]], ids, logprobs, strict=True):
@@ -207,7 +203,7 @@ def test_text_comes_out(folder):
         torch.testing.assert_close(torch.tensor(values), torch.tensor(expected), atol=1e-4, rtol=0)
 
 
-def test_a_stored_number_format_is_kept(tmp_path, tokenizer_path):
+def test_dtype_as_stored_is_kept(tmp_path, tokenizer_path):
     folder = save(make().bfloat16(), tmp_path, tokenizer_path)
     weights = build(folder, dtype="bfloat16").model.state_dict()
     stored = load_file(folder / "model.safetensors")
@@ -218,18 +214,18 @@ def test_a_stored_number_format_is_kept(tmp_path, tokenizer_path):
 # --- only what is asked for is read ------------------------------------------------------------------------------
 
 
-def test_a_rank_reads_its_rows_alone(folder, monkeypatch):
+def test_safetensors_give_a_rank_its_rows_alone(folder, monkeypatch):
     """No tensor of the file is asked for whole by one rank of two, but for the norms."""
-    source = checkpoint.find(folder)
+    source = formats.find(folder)
     source.open()
     asked = []
-    read = checkpoint.StoredTensor.narrow
+    read = reading.StoredTensor.narrow
 
     def narrow(self, dim, start, length):
         asked.append((tuple(self.shape), dim, start, length))
         return read(self, dim, start, length)
 
-    monkeypatch.setattr(checkpoint.StoredTensor, "narrow", narrow)
+    monkeypatch.setattr(reading.StoredTensor, "narrow", narrow)
     local = {
         "layers.0.attention.wq.weight": (16, 32),
         "layers.0.attention.wk.weight": (8, 32),
@@ -237,7 +233,8 @@ def test_a_rank_reads_its_rows_alone(folder, monkeypatch):
         "tok_embeddings.weight": (WORDS, 16),
         "norm.weight": (32,),
     }
-    shares = dict(checkpoint.slices(source.shards, local, rank=1, size=2, vocab_size=WORDS, kv_rows=16, head_dim=8))
+    sizes = {"vocab_size": WORDS, "kv_rows": 16, "head_dim": 8}
+    shares = dict(slicing.cut_for_rank(slicing.join(source.shards), local, rank=1, size=2, **sizes))
     assert asked == [
         ((32, 32), 0, 16, 16),
         ((16, 32), 0, 8, 8),
@@ -251,21 +248,13 @@ def test_a_rank_reads_its_rows_alone(folder, monkeypatch):
     assert shares["tok_embeddings.weight"].equal(stored["model.embed_tokens.weight"][:, 16:])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_weights_stay_in_the_file(folder):
+@only_linux
+def test_safetensors_stay_in_the_file(folder):
     """At one rank nothing is copied but the rows of q and k, whose order differs."""
     model = build(folder).model
     mapped = {name for name, weight in model.named_parameters() if is_mapped(weight, folder / "model.safetensors")}
     copied = {name for name, _ in model.named_parameters()} - mapped
     assert copied == {f"layers.{n}.attention.{part}.weight" for n in range(2) for part in ("wq", "wk")}
-
-
-def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
-        if begin <= tensor.data_ptr() < end:
-            return line.endswith(str(path))
-    return False
 
 
 # --- several ranks -----------------------------------------------------------------------------------------------
@@ -284,7 +273,7 @@ json.dump(found, open(f"{sys.argv[1]}.{os.environ['RANK']}", "w"))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_several_ranks_compute_the_same(tmp_path, tokenizer_path, ranks):
+def test_several_ranks_compute_what_transformers_does(tmp_path, tokenizer_path, ranks):
     """Each folder is cut whole head by whole head; with one key-value head, all ranks keep it.
 
     The vocabulary of 483 divides by neither number of ranks; the rows beyond the tokenizer are padding.
@@ -316,7 +305,7 @@ def test_several_ranks_compute_the_same(tmp_path, tokenizer_path, ranks):
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
-def test_padded_rows_are_never_sampled(tmp_path, tokenizer_path, layout):
+def test_vocabulary_padding_is_never_sampled(tmp_path, tokenizer_path, layout):
     """More rows than the tokenizer has ids, the likeliest ones at that; `vocab_size` -1 leaves the number open."""
     if layout == "hf":
         model = make("mha", vocab_size=512)
@@ -335,7 +324,7 @@ def test_padded_rows_are_never_sampled(tmp_path, tokenizer_path, layout):
         assert ids[0] and max(id for row in ids for id in row) < WORDS
 
 
-def test_an_extended_tokenizer(tmp_path, tokenizer_path):
+def test_vocabulary_of_an_extended_tokenizer_is_used(tmp_path, tokenizer_path):
     """A tokenizer with more pieces than the base model's and as many rows in the model: all of them are used."""
     extended = extend(tokenizer_path, tmp_path / "extended.model", ["안녕", "です", "ます"])
     model = make("mha", vocab_size=WORDS + 3)
@@ -368,17 +357,17 @@ def extend(path: Path, new: Path, pieces: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
-def test_a_tokenizer_with_more_ids_than_rows(tmp_path, tokenizer_path, layout):
+def test_vocabulary_of_more_ids_than_rows_is_refused(tmp_path, tokenizer_path, layout):
     if layout == "hf":
         folder = save(make("mha", vocab_size=470), tmp_path, tokenizer_path)
     else:
         params = BASE_PARAMS | {"vocab_size": 470}
         folder = write_checkpoint(tmp_path, params | {"vocab_size": -1}, random_weights(params), tokenizer_path)
-    refusal(folder, "480 ids", "470 rows")
+    refused(folder, "480 ids", "470 rows")
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_llama_1(tmp_path, tokenizer_path, shards):
+def test_llama_1_sizes(tmp_path, tokenizer_path, shards):
     """No `n_kv_heads`, the vocabulary left open, rotary frequencies stored; 7B, 13B, 30B and 65B by their files."""
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "multiple_of": 32, "norm_eps": 1e-6}
     weights = random_weights(sizes | {"vocab_size": WORDS})
@@ -424,12 +413,12 @@ def test_code_llama_sizes(tmp_path, tokenizer_path, vocab_size, theta):
     ],
     ids=str,
 )
-def test_what_is_not_computed_is_refused_by_name(folder, changes, words):
+def test_config_of_another_model_is_refused_by_name(folder, changes, words):
     reconfigure(folder, **changes)
-    refusal(folder, *words)
+    refused(folder, *words)
 
 
-def test_scaling_of_none_is_no_scaling(folder):
+def test_config_with_no_scaling_is_plain(folder):
     expected = build(folder).model(IDS, 0)
     reconfigure(folder, rope_scaling={"type": "default"}, attention_bias=False, head_dim=8)
     assert build(folder).model(IDS, 0).equal(expected)
@@ -438,31 +427,31 @@ def test_scaling_of_none_is_no_scaling(folder):
 def test_biases_in_the_files_are_named(tmp_path, tokenizer_path):
     """A config that does not say so must not hide them."""
     folder = save(make(attention_bias=True), tmp_path, tokenizer_path)
-    refusal(folder, "attention_bias")
+    refused(folder, "attention_bias")
     reconfigure(folder, attention_bias=None)
-    refusal(folder, "unknown", "self_attn.k_proj.bias")
+    refused(folder, "unknown", "self_attn.k_proj.bias")
 
 
-def test_a_folder_with_only_tokenizer_json(folder, tokenizer_path):
+def test_tokenizer_json_alone_is_refused(folder, tokenizer_path):
     """Even with a tokenizer one level up, which would belong to another model."""
     (folder / "tokenizer.model").rename(folder.parent / "tokenizer.model")
     (folder / "tokenizer.json").write_text("{}")
-    refusal(folder, "tokenizer.json", "add the tokenizer.model", "tokenizer_path", error=FileNotFoundError)
+    refused(folder, "tokenizer.json", "add the tokenizer.model", "tokenizer_path", error=FileNotFoundError)
     assert build(folder, tokenizer_path=tokenizer_path).tokenizer.n_words == WORDS
 
 
-def test_a_config_without_weights(folder):
+def test_config_without_weights_is_refused(folder):
     (folder / "model.safetensors").unlink()
-    refusal(folder, "model.safetensors", "it holds", "config.json", error=FileNotFoundError)
+    refused(folder, "model.safetensors", "it holds", "config.json", error=FileNotFoundError)
 
 
-def test_the_library_that_is_missing(folder, monkeypatch):
+def test_safetensors_without_their_library_name_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    refusal(folder, "model.safetensors", "pip install safetensors", error=ImportError)
+    refused(folder, "model.safetensors", "pip install safetensors", error=ImportError)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_an_index_that_names_a_missing_file(tmp_path, tokenizer_path, suffix):
+def test_index_that_names_a_missing_file_is_refused(tmp_path, tokenizer_path, suffix):
     folder = save(make(), tmp_path, tokenizer_path)
     if suffix == "bin":
         as_pickles(folder, 3)
@@ -470,32 +459,32 @@ def test_an_index_that_names_a_missing_file(tmp_path, tokenizer_path, suffix):
         folder = save(make(), tmp_path / "more", tokenizer_path, max_shard_size="20KB")
     gone = sorted(folder.glob(f"*-00002-of-*.{suffix}"))[0]
     gone.unlink()
-    refusal(folder, "index.json", gone.name, "fetch", error=FileNotFoundError)
+    refused(folder, "index.json", gone.name, "fetch", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', "[]", "{", '{"weight_map": {}}'])
-def test_an_index_that_is_none(folder, content):
+def test_index_that_is_none_is_refused(folder, content):
     (folder / "model.safetensors.index.json").write_text(content)
-    refusal(folder, "model.safetensors.index.json", "fetch it again")
+    refused(folder, "model.safetensors.index.json", "fetch it again")
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.7, 0.9999])
-def test_a_file_cut_short(folder, part):
+def test_safetensors_cut_short_are_refused(folder, part):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * part)])
-    message = refusal(folder, str(path), "fetch it again")
+    message = refused(folder, str(path), "fetch it again")
     assert "cut short" in message or part == 0
 
 
-def test_a_pickle_cut_short(folder):
+def test_pickle_of_a_folder_cut_short_is_refused(folder):
     as_pickles(folder, 1)
     path = folder / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-5000])
-    refusal(folder, str(path), "cut short")
+    refused(folder, str(path), "cut short")
 
 
-def test_pickled_code_is_not_run(folder, tmp_path):
+def test_pickle_with_code_in_a_folder_is_not_run(folder, tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "sprung"),)
@@ -503,51 +492,51 @@ def test_pickled_code_is_not_run(folder, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors | {"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
-    refusal(folder, "pytorch_model.bin", "not run")
+    refused(folder, "pytorch_model.bin", "not run")
     assert not (tmp_path / "sprung").exists()
 
 
-def test_what_stands_in_a_files_place(folder):
+def test_safetensors_that_are_a_pointer_are_recognised(folder):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
-    refusal(folder, "model.safetensors", "Git LFS pointer")
+    refused(folder, "model.safetensors", "Git LFS pointer")
 
 
-def test_duplicate_tensors(tmp_path, tokenizer_path):
+def test_tensors_in_two_files_are_refused(tmp_path, tokenizer_path):
     folder = save(make(), tmp_path, tokenizer_path, max_shard_size="20KB")
     first, second = sorted(folder.glob("model-*.safetensors"))[:2]
     name, tensor = next(iter(load_file(first).items()))
     save_file(load_file(second) | {name: tensor}, second)
-    refusal(folder, name, "more than one file")
+    refused(folder, name, "more than one file")
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
-def test_a_missing_tensor_is_named(folder, name):
+def test_tensors_that_are_missing_are_named(folder, name):
     tensors = load_file(folder / "model.safetensors")
     tensors.pop(name)
     save_file(tensors, folder / "model.safetensors")
-    refusal(folder, f"lacks {name};", "config.json")
+    refused(folder, f"lacks {name};", "config.json")
 
 
 @pytest.mark.parametrize("name", ["layers.1.self_attn.k_proj", "layers.0.mlp.down_proj", "embed_tokens", "norm"])
-def test_a_wrong_shape_is_named(folder, name):
+def test_tensors_of_a_wrong_shape_are_named(folder, name):
     tensors = load_file(folder / "model.safetensors")
     wrong = tensors[f"model.{name}.weight"]
     tensors[f"model.{name}.weight"] = wrong[: len(wrong) // 2].clone()
     save_file(tensors, folder / "model.safetensors")
-    refusal(folder, f"model.{name}.weight", str(tuple(wrong.shape)), "config.json describes")
+    refused(folder, f"model.{name}.weight", str(tuple(wrong.shape)), "config.json describes")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64], ids=str)
 @pytest.mark.parametrize("given", [None, "float32"])
-def test_a_number_format_that_is_not_read(folder, dtype, given):
+def test_dtype_that_is_not_read_is_named(folder, dtype, given):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
     save_file(tensors, folder / "model.safetensors")
-    refusal(folder, "model.norm.weight", "stored as", "bfloat16", dtype=given)
+    refused(folder, "model.norm.weight", "stored as", "bfloat16", dtype=given)
 
 
 @pytest.mark.parametrize("layout", ["hf", "meta"])
-def test_mixed_number_formats_need_a_word(tmp_path, tokenizer_path, layout):
+def test_dtype_of_mixed_files_has_to_be_said(tmp_path, tokenizer_path, layout):
     if layout == "hf":
         model = make().bfloat16()
         model.model.norm.float()
@@ -560,10 +549,10 @@ def test_mixed_number_formats_need_a_word(tmp_path, tokenizer_path, layout):
         weights = {name: tensor.bfloat16() for name, tensor in random_weights(params).items()}
         weights["norm.weight"] = weights["norm.weight"].float()
         folder = write_checkpoint(tmp_path, params, weights, tokenizer_path)
-    refusal(folder, "20 tensors in torch.bfloat16", "1 tensors in torch.float32", "dtype='torch.bfloat16'")
+    refused(folder, "20 tensors in torch.bfloat16", "1 tensors in torch.float32", "dtype='torch.bfloat16'")
     assert build(folder, dtype="torch.bfloat16").model.norm.weight.dtype == torch.bfloat16
     assert build(folder, dtype="float32").model.norm.weight.dtype == torch.float32
 
 
-def test_the_tokenizer_of_the_folder(folder, tokenizer_path):
+def test_tokenizer_of_the_folder_is_used(folder, tokenizer_path):
     assert build(folder).tokenizer.encode("Anna", True, False) == Tokenizer(tokenizer_path).encode("Anna", True, False)

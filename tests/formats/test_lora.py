@@ -12,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama import Llama, checkpoint
-from llama.lora import Adapter
+from llama import Llama
+from llama.formats import slicing
+from llama.formats.lora import Adapter
 from support.checkpoints import write_checkpoint
 from support.models import hidden_size
+from support.refusals import refusal
 from support.transformers_names import renamed
 
 PARAMS = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 480, "multiple_of": 16, "norm_eps": 1e-5}
@@ -100,7 +102,7 @@ def simple(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("base", BASES, ids=str)
-def test_logits_equal_those_of_pefts_merged_model(tmp_path, bases, base, settings):
+def test_adapter_gives_the_logits_of_pefts_merged_model(tmp_path, bases, base, settings):
     merged = write_adapter(tmp_path, BASES[base], SETTINGS[settings])
     with torch.no_grad():
         expected, plain = merged(TOKENS).logits, new_base(BASES[base])(TOKENS).logits
@@ -109,7 +111,7 @@ def test_logits_equal_those_of_pefts_merged_model(tmp_path, bases, base, setting
         assert (logits(folder, lora=tmp_path) - expected).abs().max() < 1e-4
 
 
-def test_an_adapter_in_a_pickle(tmp_path, bases):
+def test_adapter_in_a_pickle_gives_the_same(tmp_path, bases):
     merged = write_adapter(tmp_path, BASES["gqa"], SETTINGS["all"], safetensors=False)
     assert not list(tmp_path.glob("*.safetensors"))
     with torch.no_grad():
@@ -117,7 +119,7 @@ def test_an_adapter_in_a_pickle(tmp_path, bases):
     assert (logits(bases["gqa"][0], lora=str(tmp_path)) - expected).abs().max() < 1e-4
 
 
-def test_without_the_argument_the_base_is_as_it_was(bases):
+def test_adapter_that_is_not_given_changes_nothing(bases):
     with torch.no_grad():
         expected = new_base(BASES["gqa"])(TOKENS).logits
     assert (logits(bases["gqa"][0]) - expected).abs().max() < 1e-4
@@ -128,14 +130,14 @@ def local_shape(name: str, whole: torch.Size, size: int, head_dim: int) -> tuple
     part, shape = name.split(".")[-2], list(whole)
     if part in ("wk", "wv"):
         shape[0] = max(shape[0] // size, head_dim)
-    elif part in checkpoint.CUT:
-        dim = checkpoint.CUT[part]
+    elif part in slicing.CUT:
+        dim = slicing.CUT[part]
         shape[dim] = -(-shape[dim] // size)
     return tuple(shape)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_each_rank_gets_its_part_of_the_merged_weights(tmp_path, size):
+def test_adapter_is_cut_for_every_rank(tmp_path, size):
     """Also where ranks outnumber key-value heads (2), and where they do not divide the vocabulary (481)."""
     params = BASES["gqa"] | {"vocab_size": 481}
     settings = SETTINGS["all"] | {"modules_to_save": ["embed_tokens", "lm_head"]}
@@ -143,15 +145,15 @@ def test_each_rank_gets_its_part_of_the_merged_weights(tmp_path, size):
     base = meta_weights(new_base(params), params)
     shapes = {name: local_shape(name, weight.shape, size, 8) for name, weight in base.items()}
     for rank in range(size):
-        cut = functools.partial(checkpoint.slices, rank=rank, size=size, vocab_size=481, kv_rows=16, head_dim=8)
-        expected = dict(cut([merged], shapes))
-        ours = dict(Adapter(tmp_path, 2, 8).merge(cut([base], shapes), cut))
+        cut = functools.partial(slicing.cut_for_rank, rank=rank, size=size, vocab_size=481, kv_rows=16, head_dim=8)
+        expected = dict(cut(merged, shapes))
+        ours = dict(cut(Adapter(tmp_path, 2, 8).apply(base), shapes))
         assert ours.keys() == expected.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=0, msg=name)
 
 
-def test_the_sum_is_rounded_once(tmp_path, bases, simple, tokenizer_path):
+def test_adapter_sum_is_rounded_once(tmp_path, bases, simple, tokenizer_path):
     """In bfloat16, rounding the product before the sum as well would change some of the last bits."""
     state = {name: weight.bfloat16() for name, weight in meta_weights(new_base(BASES["gqa"]), BASES["gqa"]).items()}
     write_checkpoint(tmp_path, BASES["gqa"], state, tokenizer_path)
@@ -201,7 +203,7 @@ def spoiled(tmp_path: Path, simple: Path, config: dict | None = None, change=Non
         ("something_new", 3),
     ],
 )
-def test_what_is_not_merged_is_refused_by_name(tmp_path, bases, simple, key, value):
+def test_adapter_settings_that_are_not_merged_are_refused_by_name(tmp_path, bases, simple, key, value):
     folder = spoiled(tmp_path, simple, {key: value})
     with pytest.raises(
         ValueError, match=rf"asks for {key} {value!r}, which this library does not merge".replace("[", r"\[")
@@ -227,7 +229,7 @@ OTHER_TENSORS = {
 
 
 @pytest.mark.parametrize("name", OTHER_TENSORS)
-def test_other_tensors_are_refused_by_name(tmp_path, bases, simple, name):
+def test_adapter_tensors_that_are_not_merged_are_refused_by_name(tmp_path, bases, simple, name):
     folder = spoiled(tmp_path, simple, change=lambda tensors: tensors.update({name: torch.ones(OTHER_TENSORS[name])}))
     with pytest.raises(ValueError, match=f"changes {name}, which this library cannot merge into 2 layers"):
         logits(bases["gqa"][0], lora=folder)
@@ -247,7 +249,7 @@ V0 = f"{PREFIX}.layers.0.self_attn.v_proj"
         (lambda t: t.update({f"{V0}.lora_B.weight": torch.ones(4)}), r"lora_B \(4,\).* need rank 4"),
     ],
 )
-def test_factors_that_do_not_belong_together_are_refused(tmp_path, bases, simple, change, message):
+def test_adapter_factors_that_do_not_fit_are_refused(tmp_path, bases, simple, change, message):
     with pytest.raises(ValueError, match=message):
         logits(bases["gqa"][0], lora=spoiled(tmp_path, simple, change=change))
 
@@ -272,14 +274,14 @@ def test_factors_that_do_not_belong_together_are_refused(tmp_path, bases, simple
         ),
     ],
 )
-def test_an_adapter_for_another_base_is_named_by_layer(tmp_path, bases, params, settings, message):
+def test_adapter_for_another_base_is_named_by_layer(tmp_path, bases, params, settings, message):
     write_adapter(tmp_path, params, settings)
     for folder in bases["gqa"]:
         with pytest.raises(ValueError, match=r"fits another base: " + message):
             logits(folder, lora=tmp_path)
 
 
-def test_missing_and_damaged_files_are_named(tmp_path, bases, simple):
+def test_adapter_files_that_are_missing_or_damaged_are_named(tmp_path, bases, simple):
     with pytest.raises(FileNotFoundError, match=r"No adapter_config\.json"):
         logits(bases["gqa"][0], lora=tmp_path)
     folder = spoiled(tmp_path, simple)
@@ -292,7 +294,12 @@ def test_missing_and_damaged_files_are_named(tmp_path, bases, simple):
         logits(bases["gqa"][0], lora=folder)
 
 
-def test_a_pickle_with_code_is_not_run(tmp_path, bases, simple):
+@pytest.mark.parametrize("value", [True, 7, ["adapter"]], ids=repr)
+def test_adapter_that_is_no_path_is_refused(bases, value):
+    refusal(lambda: logits(bases["gqa"][0], lora=value), f"lora is {value!r}", "the folder that holds the adapter")
+
+
+def test_adapter_pickle_with_code_is_not_run(tmp_path, bases, simple):
     class Code:
         def __reduce__(self):
             return print, ("run",)
@@ -304,13 +311,13 @@ def test_a_pickle_with_code_is_not_run(tmp_path, bases, simple):
         logits(bases["gqa"][0], lora=tmp_path)
 
 
-def test_without_safetensors_the_extra_is_named(bases, simple, monkeypatch):
+def test_adapter_without_safetensors_names_the_extra(bases, simple, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match="pip install safetensors"):
         logits(bases["gqa"][0], lora=simple)
 
 
-def test_scaling_is_by_the_rank_or_its_root(tmp_path):
+def test_adapter_scaling_is_by_the_rank_or_its_root(tmp_path):
     """alpha / r and alpha / sqrt(r), read off a product of ones."""
     for rslora, scale in ((False, 6 / 4), (True, 6 / math.sqrt(4))):
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "use_rslora": rslora}

@@ -20,7 +20,8 @@ from fairscale.nn.model_parallel import initialize as fairscale_state
 from fairscale.nn.model_parallel import layers as fairscale_layers
 
 from bench import timed_collectives
-from llama import Llama, Transformer, checkpoint, parallel
+from llama import Llama, Transformer, parallel
+from llama.formats import meta
 from llama.model import FeedForward
 
 torch.set_num_threads(1)
@@ -60,7 +61,10 @@ def all_answers(folder: Path, requests: dict) -> Results:
 
 def held_bytes(model: torch.nn.Module) -> list[int]:
     """Bytes of this rank's weights and cache."""
-    return [sum(weight.nbytes for weight in model.parameters()), model.cache.k.nbytes + model.cache.v.nbytes]
+    return [
+        sum(weight.nbytes for weight in model.parameters()),
+        model.cache.k.nbytes + model.cache.v.nbytes,
+    ]
 
 
 def disagreeing(llama: Llama, requests: dict) -> Results:
@@ -131,7 +135,10 @@ def gradients_of_an_input() -> Results:
 def gradients_of_copies() -> Results:
     """Of a matrix that neighbouring ranks hold whole, each with its own use for the output."""
     generator, copies = torch.Generator().manual_seed(4), parallel.size()
-    weight, x = torch.randn(6, 8, generator=generator), torch.randn(5, 8, generator=generator).requires_grad_()
+    weight, x = (
+        torch.randn(6, 8, generator=generator),
+        torch.randn(5, 8, generator=generator).requires_grad_(),
+    )
     uses = torch.randn(2, 5, 6, generator=generator)
     layer = parallel.ColumnParallelLinear(8, 6 * copies, copies=copies)
     layer.weight.data = weight
@@ -149,18 +156,33 @@ def layers_equal() -> Results:
 
 def layers_equal_once() -> Results:
     torch.manual_seed(RANK)
-    ids, x = torch.tensor([[0, 5, 6], [3, 3, 1]]), torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(5))
+    ids, x = (
+        torch.tensor([[0, 5, 6], [3, 3, 1]]),
+        torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(5)),
+    )
     share = parallel.ColumnParallelLinear(16, 16)(x).detach()
     plain = {"bias": False, "init_method": torch.nn.init.ones_}
     pairs = {
-        "column": (parallel.ColumnParallelLinear(16, 24), lambda **kw: ColumnOf(16, 24, gather_output=False, **kw), x),
-        "gathered": (parallel.ColumnParallelLinear(16, 24, True), lambda **kw: ColumnOf(16, 24, **kw), x),
+        "column": (
+            parallel.ColumnParallelLinear(16, 24),
+            lambda **kw: ColumnOf(16, 24, gather_output=False, **kw),
+            x,
+        ),
+        "gathered": (
+            parallel.ColumnParallelLinear(16, 24, True),
+            lambda **kw: ColumnOf(16, 24, **kw),
+            x,
+        ),
         "row": (
             parallel.RowParallelLinear(16, 40),
             lambda **kw: fairscale_layers.RowParallelLinear(16, 40, input_is_parallel=True, **kw),
             share,
         ),
-        "embedding": (parallel.ParallelEmbedding(7, 16), lambda bias, **kw: EmbeddingOf(7, 16, **kw), ids),
+        "embedding": (
+            parallel.ParallelEmbedding(7, 16),
+            lambda bias, **kw: EmbeddingOf(7, 16, **kw),
+            ids,
+        ),
     }
     equal = {}
     for name, (ours, make, inputs) in pairs.items():
@@ -197,7 +219,11 @@ def watch_exit(results: Results, write: Callable[[], None]) -> None:
 
 def alone(folder: Path, requests: dict, results: Results) -> None:
     """One process: no group, whatever `torchrun` says; then fairscale's layers in a group of one, made here."""
-    results |= {"answers": all_answers(folder, requests), "group": dist.is_initialized(), "group of": parallel.group()}
+    results |= {
+        "answers": all_answers(folder, requests),
+        "group": dist.is_initialized(),
+        "group of": parallel.group(),
+    }
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     with model_parallel(1):
         results["layers"] = layers_equal()
@@ -253,7 +279,7 @@ def fail_in_build(folder: Path, requests: dict, results: Results) -> None:
         def unreadable(path: Path) -> None:
             raise OSError("the second disk is gone")
 
-        checkpoint.open_shard = unreadable
+        meta.open_pickle = unreadable
     build(folder / "mha8").generate(requests["prompts"], 30, 0)
 
 

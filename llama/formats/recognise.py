@@ -1,19 +1,21 @@
-"""What a file is before anything parses it: the wrong files people have under the right names.
+"""What a file really is, before a parser reads it: the wrong files that people have under the right names.
 
-A parser's own words for an error page or a pointer file ("magic number", "protobuf") help nobody. This module reads
-the first bytes and knows nothing else.
+A parser describes an error page or a pointer file in its own words ("magic number", "protobuf"), which help nobody.
+This module looks at the first bytes and knows nothing else. It needs no torch.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 
 def describe(path: Path) -> str | None:
-    """What stands in place of a binary model file, in words, or None for something that may be one."""
+    """Say in words what stands in place of a binary model file; None for a file that may be one."""
     with open(path, "rb") as file:
         head = file.read(512)
+
     if not head:
         return "an empty file"
     if head.startswith(b"version https://git-lfs"):
@@ -31,8 +33,19 @@ def refuse(path: Path, expected: str, advice: str = "fetch it again") -> None:
         raise ValueError(f"{path} is {found}, not {expected}; {advice}.")
 
 
+def folder_path(value: str | Path, argument: str, content: str) -> Path:
+    """The path given as an argument. Raises `ValueError` for what is no path, such as None."""
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(
+            f"{argument} is {value!r}; give the path of the folder that holds {content}."
+        )
+    return Path(value)
+
+
 def listing(folder: Path, limit: int = 8) -> str:
     """The names in a folder, for a message that says what was found instead."""
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    names = sorted(path.name + "/" if path.is_dir() else path.name for path in folder.iterdir())
+    if not names:
+        return "nothing"
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,56 @@
+"""What calls return of their rows: dictionaries, with texts where ids have one."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from llama.prompts import Message
+from llama.rows import FinishReason, Row
+from llama.tokenizer import Tokenizer
+
+
+class Score(TypedDict, total=False):
+    """`tokens` (each id decoded alone) and `logprobs` are of equal length.
+
+    `top_logprobs` has for each token the likeliest ones in its place, with their log-probabilities.
+    """
+
+    tokens: list[str]
+    logprobs: list[float]
+    top_logprobs: list[list[tuple[str, float]]]
+
+
+class CompletionPrediction(Score, total=False):
+    """With what `Score` has where it was asked for; `full_text` is a filled hole with its prefix and suffix."""
+
+    generation: str
+    full_text: str
+    finish_reason: FinishReason
+
+
+class ChatPrediction(Score, total=False):
+    """The same of an answer; `refusal` says which message of a refused dialog holds which tag."""
+
+    generation: Message
+    finish_reason: FinishReason
+    refusal: str
+
+
+def prediction(tokenizer: Tokenizer, row: Row, generation: str | Message) -> dict:
+    """A completion, with the row's score where that was asked for."""
+    return {"generation": generation, "finish_reason": row.finish_reason} | score(tokenizer, row)
+
+
+def score(tokenizer: Tokenizer, row: Row) -> Score:
+    """The row's tokens, each decoded alone, with what was asked for about them; nothing if nothing was."""
+    found: Score = {}
+    if row.options.logprobs or row.options.top_logprobs:
+        found["tokens"] = [tokenizer.decode(id) for id in row.ids]
+    if row.options.logprobs:
+        found["logprobs"] = row.logprobs
+    if row.options.top_logprobs:
+        found["top_logprobs"] = []
+        for likeliest in row.top_logprobs:
+            decoded = [(tokenizer.decode(id), logprob) for id, logprob in likeliest]
+            found["top_logprobs"].append(decoded)
+    return found

@@ -27,10 +27,12 @@ import functools
 import itertools
 import json
 import platform
+import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import date
 
 import fire
@@ -78,7 +80,7 @@ def main(
         ckpt_dir: measure this checkpoint instead.
         dtype: float32, bfloat16 or float16; what the device computes natively if not given.
         device: cuda, mps or cpu; the best of them if not given.
-        prompts: prompt lengths in tokens; those beyond the context are left out.
+        prompts: prompt lengths in tokens.
         batches: rows decoded at once, with the prompt length that is nearest to 512.
         steps: tokens decoded in a turn.
         turns: how often each engine takes its turn; publish no figure of fewer than five.
@@ -89,20 +91,26 @@ def main(
         against: also run another checkout of this library, the folder of which this is; same weights.
         queue: instead, 64 prompts (or so many) that wait for 8 rows, at random weights of the shape.
     """
-    lengths = {"prompts": several(prompts), "batches": several(batches)}
-    count = QUEUED if queue is True else queue
-    check_numbers(lengths | {"steps": (steps,), "turns": (turns,), "queue": (count or 1,)})
-    formats = several(formats)
-    if not set(formats) <= set(FORMATS):
-        raise ValueError(f"formats is {','.join(map(str, formats))}; it must be some of {', '.join(FORMATS)}.")
-    check_together(peers, against, queue, ckpt_dir)
+    plan = Plan(
+        prompts=several(prompts),
+        batches=several(batches),
+        steps=steps,
+        turns=turns,
+        formats=several(formats),
+        ragged=ragged,
+        peers=peers,
+        against=against,
+        queue=QUEUED if queue is True else queue,
+    )
+    plan.check()
+    if queue and ckpt_dir:
+        raise ValueError("--queue plants how long its answers are in random weights; give --shape, not --ckpt_dir.")
 
     where = {"shape": shape, "device": device, "dtype": dtype, "layers": layers}
     if queue:
-        run_queue(where, count, steps, turns, peers, against)
+        run_queue(where, plan)
     else:
-        where["ckpt_dir"] = ckpt_dir
-        run_cases(where, lengths | {"ragged": ragged}, steps, turns, formats, peers, against)
+        run_cases(where | {"ckpt_dir": ckpt_dir}, plan)
 
 
 def several(values: object) -> tuple:
@@ -110,74 +118,91 @@ def several(values: object) -> tuple:
     return tuple(values) if isinstance(values, tuple | list) else (values,)
 
 
-def check_numbers(options: dict[str, tuple]) -> None:
-    for name, numbers in options.items():
-        if not all(isinstance(number, int) and number > 0 for number in numbers):
-            raise ValueError(f"{name} is {','.join(map(str, numbers))}; it must be positive integers.")
+@dataclass
+class Plan:
+    """The flags that say what is measured of a model."""
+
+    prompts: tuple[int, ...]
+    batches: tuple[int, ...]
+    steps: int
+    turns: int
+    formats: tuple[str, ...]
+    ragged: bool
+    peers: bool
+    against: str | None
+    queue: int
+
+    def check(self) -> None:
+        """Raise `ValueError` for the first flag out of its range, or that does not go with how bench.py was started."""
+        for name in ("prompts", "batches", "steps", "turns", "queue"):
+            numbers = several(getattr(self, name))
+            if name == "queue" and numbers == (False,):
+                continue
+            if not all(isinstance(number, int) and number > 0 for number in numbers):
+                raise ValueError(f"{name} is {','.join(map(str, numbers))}; it must be positive integers.")
+        if not set(self.formats) <= set(FORMATS):
+            raise ValueError(f"formats is {','.join(map(str, self.formats))}; it must be some of {', '.join(FORMATS)}.")
+
+        if self.peers:
+            check_peers()
+        if (self.against or self.queue) and parallel.world()[1] > 1:
+            raise ValueError("--against and --queue run in one process; start bench.py without torchrun.")
+
+    def cases(self) -> list[tuple[int, ...]]:
+        """The prompt lengths of each case: every length with one row, every batch at the length nearest to 512."""
+        middle = min(self.prompts, key=lambda length: abs(length - 512))
+        alone = [(length,) for length in self.prompts]
+        batches = [(middle,) * rows for rows in self.batches if rows > 1]
+        return alone + batches + [RAGGED] * self.ragged
 
 
-def check_together(peers: bool, against: str | None, queue: bool | int, ckpt_dir: str | None) -> None:
-    """Raise `ValueError` for options that exclude each other, or the way bench.py was started."""
-    if peers:
-        check_peers()
-    if (against or queue) and parallel.world()[1] > 1:
-        raise ValueError("--against and --queue run in one process; start bench.py without torchrun.")
-    if queue and ckpt_dir:
-        raise ValueError("--queue plants how long its answers are in random weights; give --shape, not --ckpt_dir.")
-
-
-def run_cases(
-    where: dict, lengths: dict, steps: int, turns: int, formats: tuple[str, ...], peers: bool, against: str | None
-) -> None:
+def run_cases(where: dict, plan: Plan) -> None:
     """Measure prefill and decode of every engine at every case, and print them."""
-    ragged = [RAGGED] if lengths["ragged"] else []
-    longest = max([*lengths["prompts"], *map(max, ragged)]) + steps + 1
-    most = max([*lengths["batches"], *map(len, ragged)])
-    model = make_model(**where, longest=longest, most=most)
+    cases = plan.cases()
+    longest = max(map(max, cases)) + plan.steps + 1
+    model = make_model(**where, longest=longest, most=max(map(len, cases)))
     if any(isinstance(module, quantize.Quantized) for module in model.modules()):
         raise ValueError(f"{where['ckpt_dir']} is quantized; give the original, with --formats int8,int4.")
     model.own_cache().clear()  # writes to every page: what a prefill needs does not include them
 
-    engines = {f"llama {name}".removesuffix(" plain"): Ours(model, name) for name in formats}
-    with other_checkout(against, where, model) as other:
+    engines = {f"llama {name}".removesuffix(" plain"): Ours(model, name) for name in plan.formats}
+    with other_checkout(plan.against, where, model) as other:
         if other is not None:
             engines[f"llama of {other.folder.name}"] = other
-        if peers:
-            engines |= peer_engines(model, steps)
+        if plan.peers:
+            engines |= peer_engines(model, plan.steps)
 
-        kind = (model.norm.weight.device, model.norm.weight.dtype)
-        limits = machine_limits(*kind)
+        before = machine_limits(model)
         fresh = fresh_ids(model.vocab_size)
         results = []
-        room = model.params.max_seq_len - steps - 1
-        for case in cases(lengths["prompts"], lengths["batches"], room) + ragged:
-            results += measure(engines, model, case, steps, turns, fresh)
-        after = machine_limits(*kind)
-        limits = {name: max(value, after[name]) for name, value in limits.items()}
+        for case in cases:
+            results += measure(engines, model, case, plan, fresh)
+        after = machine_limits(model)
 
     if parallel.world()[0] == 0:
-        about = versions(engines.values())
-        print_machine(model, about)
-        print_table(results, limits)
+        limits = {name: max(value, after[name]) for name, value in before.items()}
         name = where["ckpt_dir"] or where["shape"]
-        print(json.dumps(summary(model, about, name) | {"limits": limits, "results": results}))
+        last = summary(model, engines.values(), name) | {"limits": limits, "results": results}
+        print_machine(model, last["versions"])
+        print_table(results, limits)
+        print(json.dumps(last))
 
 
-def run_queue(where: dict, count: int, steps: int, turns: int, peers: bool, against: str | None) -> None:
+def run_queue(where: dict, plan: Plan) -> None:
     """Measure what answers a queue, and a step of one row, and print them."""
     where = where | {"longest": queued.CONTEXT, "most": queued.ROWS, "counting": True}
     model = make_model(**where)
     ours = Ours(model, eos_id=EOS)
-    peer = TransformersQueue(model, queued.ROWS, EOS) if peers else None
-    with other_checkout(against, where, model, EOS) as other:
+    peer = TransformersQueue(model, queued.ROWS, EOS) if plan.peers else None
+    with other_checkout(plan.against, where, model, EOS) as other:
         ways = queued.queue_ways(ours, other, peer)
-        queue = queued.measure_queue(ways, count, model.vocab_size, turns)
-        one_of = queued.measure_one_of(ours, other, model, steps, turns)
+        queue = queued.measure_queue(ways, plan.queue, model.vocab_size, plan.turns)
+        one_of = queued.measure_one_of(ours, other, model, plan.steps, plan.turns)
 
-    about = versions([engine for engine in (other, peer) if engine is not None])
-    print_machine(model, about)
-    queued.print_queue(queue, one_of, count)
-    print(json.dumps(summary(model, about, where["shape"]) | {"queue": queue, "one_of": one_of}))
+    last = summary(model, (other, peer), where["shape"]) | {"queue": queue, "one_of": one_of}
+    print_machine(model, last["versions"])
+    queued.print_queue(queue, one_of, plan.queue)
+    print(json.dumps(last))
 
 
 @contextlib.contextmanager
@@ -198,35 +223,25 @@ def other_checkout(folder: str | None, where: dict, model: Transformer, eos_id: 
         other.close()
 
 
-def cases(prompts: tuple[int, ...], batches: tuple[int, ...], longest: int) -> list[tuple[int, ...]]:
-    """The prompt lengths of each case: every length with one row, and every batch at the length nearest to 512."""
-    fitting = [length for length in prompts if length <= longest] or [longest]
-    middle = min(fitting, key=lambda length: abs(length - 512))
-    return [(length,) for length in fitting] + [(middle,) * rows for rows in batches if rows > 1]
-
-
-def versions(engines) -> dict[str, str]:
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for engine in engines:
-        found |= getattr(engine, "version", {})
-    return found
-
-
 # --- measuring ---------------------------------------------------------------------------------------------------
 
 
-def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def machine_limits(model: Transformer) -> dict[str, float]:
     """Bytes a second of the fastest of several reads of 2 GiB, operations a second of the best of ten products."""
+    weight = model.norm.weight
+    device = weight.device
     size = 2**31 if device.type != "cpu" or parallel.size() == 1 else 2**29
     buffer = torch.ones(size // 4, dtype=torch.float32, device=device)
     matrix = buffer.view(-1, 8192)
     ones = torch.ones(8192, device=device)
     reads = (buffer.sum, buffer.max, lambda: matrix @ ones)
-    read = max(size / seconds(work, device) for work in reads for _ in range(3))
+    read = min(seconds(work, device) for work in reads for _ in range(3))
 
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    a = torch.randn(2048, 2048, device=device).to(weight.dtype)
+    b = torch.randn(2048, 2048, device=device).to(weight.dtype)
     a @ b
-    return {"read": read, "matrix": max(2 * 2048**3 / seconds(lambda: a @ b, device) for _ in range(10))}
+    product = min(seconds(lambda: a @ b, device) for _ in range(10))
+    return {"read": size / read, "matrix": 2 * 2048**3 / product}
 
 
 def fresh_ids(vocab_size: int) -> Iterator[int]:
@@ -235,23 +250,27 @@ def fresh_ids(vocab_size: int) -> Iterator[int]:
 
 
 def measure(
-    engines: dict[str, Clocked], model: Transformer, lengths: tuple[int, ...], steps: int, turns: int, fresh: Iterator
+    engines: dict[str, Clocked], model: Transformer, lengths: tuple[int, ...], plan: Plan, fresh: Iterator[int]
 ) -> list[dict]:
     """The median time of a prefill and of a step for each engine, taking turns; the first turn only warms up."""
-    generator = torch.Generator().manual_seed(0)
-    rest = [torch.randint(3, model.vocab_size, (length - 1,), generator=generator).tolist() for length in lengths]
+    rng = random.Random(0)
+    rest = [[rng.randrange(3, model.vocab_size) for _ in range(length - 1)] for length in lengths]
+
+    def prompts() -> list[list[int]]:
+        return [[next(fresh), *ids] for ids in rest]
+
+    # Every engine in its turn.
     prefill = {name: [] for name in engines}
     decode = {name: [] for name in engines}
-    peaks = {}
-    for turn in range(turns + 1):
+    peaks = {name: engine.peak(prompts()) for name, engine in engines.items()}
+    for turn in range(plan.turns + 1):
         for name, engine in engines.items():
-            if not turn:
-                peaks[name] = engine.peak([[next(fresh), *ids] for ids in rest])
-            first, step = engine.turn([[next(fresh), *ids] for ids in rest], steps)
+            first, step = engine.turn(prompts(), plan.steps)
             if turn:
                 prefill[name].append(first)
                 decode[name].append(step)
 
+    # Medians, and what they are held against.
     results = []
     for name, engine in engines.items():
         result = {
@@ -263,38 +282,48 @@ def measure(
             "step_s_spread": spread(decode[name]),
             "prefill_bytes": peaks[name],
         }
-        prompts = [[next(fresh), *ids] for ids in rest]
-        results.append(result | work_of(engine, model, lengths) | collectives_of(name, engine, prompts, steps))
+        result |= work_of(engine, model, lengths)
+        if counts_collectives(name, engine):
+            result["collectives"] = collectives_of(engine, prompts(), plan.steps)
+        results.append(result)
     return results
 
 
-def work_of(engine, model: Transformer, lengths: tuple[int, ...]) -> dict[str, float]:
+def work_of(engine: Clocked, model: Transformer, lengths: tuple[int, ...]) -> dict[str, float]:
     """Operations of a prefill and bytes of a step at these lengths, of this rank: what any engine has to do."""
     args = model.params
     matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
     pairs = sum(length * (length + 1) / 2 for length in lengths)  # of a query and a key it sees
     attention = 4 * args.n_layers * pairs * args.dim / parallel.size()
-    operations = 2 * matrices * sum(lengths) + 2 * model.output.weight.numel() * len(lengths) + attention
+    output = 2 * model.output.weight.numel() * len(lengths)
+    operations = 2 * matrices * sum(lengths) + output + attention
 
     kv_heads = max(args.kv_heads // parallel.size(), 1)
     cache = 2 * args.n_layers * kv_heads * args.head_dim * sum(lengths)
     return {"operations": operations, "bytes": engine.weight_bytes + cache * engine.cache_itemsize}
 
 
-def collectives_of(name: str, engine: Clocked, prompts: list[list[int]], steps: int) -> dict:
+def counts_collectives(name: str, engine: Clocked) -> bool:
+    """Not with one rank, nor for a compiled step, which holds its collectives itself, nor on a GPU, where a call
+    returns before its work is done."""
+    if parallel.size() == 1 or name.endswith("compiled"):
+        return False
+    return engine.device.type == "cpu"
+
+
+def collectives_of(engine: Clocked, prompts: list[list[int]], steps: int) -> dict[str, float]:
     """Calls a token of each collective and the share of a step inside them, in steps of their own after the timed.
 
-    Waiting for a slower rank counts. Nothing with one rank, for a compiled step, which holds its collectives itself,
-    nor on a GPU, where a call returns before its work is done.
+    Waiting for a slower rank counts.
     """
-    if parallel.size() == 1 or engine.device.type != "cpu" or name.endswith("compiled"):
-        return {}
     engine.prefill(prompts)
     with timed_collectives() as spent:
         whole = sum(seconds(engine.step, engine.device) for _ in range(steps))
     engine.end()
-    calls = {kind: len(times) / steps for kind, times in spent.items()}
-    return {"collectives": calls | {"share": sum(map(sum, spent.values())) / whole}}
+
+    found = {kind: len(times) / steps for kind, times in spent.items()}
+    found["share"] = sum(map(sum, spent.values())) / whole
+    return found
 
 
 @contextlib.contextmanager
@@ -334,14 +363,18 @@ def print_machine(model: Transformer, about: dict[str, str]) -> None:
 def print_table(results: list[dict], limits: dict[str, float]) -> None:
     print(f"limits: read {limits['read'] / 1e9:.1f} GB/s, matrix {limits['matrix'] / 1e12:.3f} TFLOP/s\n")
     shared = any("collectives" in result for result in results)
-    columns = (*COLUMNS, *["of step in collectives"] * shared)
-    print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
+    columns = (*COLUMNS, "of step in collectives") if shared else COLUMNS
+    print(f"| {' | '.join(columns)} |")
+    print(f"| --- |{' ---: |' * (len(columns) - 1)}")
     for result in results:
-        print(f"| {' | '.join(cells(result, limits, shared))} |")
+        row = cells(result, limits)
+        if shared:
+            row.append(collectives_cell(**result.get("collectives", {})))
+        print(f"| {' | '.join(row)} |")
     print()
 
 
-def cells(result: dict, limits: dict[str, float], shared: bool) -> list[str]:
+def cells(result: dict, limits: dict[str, float]) -> list[str]:
     """The columns of one result; times and rates with the least and the most of the turns."""
     lengths = result["prompts"]
     first = result["first_token_s"]
@@ -349,7 +382,7 @@ def cells(result: dict, limits: dict[str, float], shared: bool) -> list[str]:
     soonest, latest = (1e3 * value for value in result["first_token_s_spread"])
     fastest, slowest = (len(lengths) / value for value in result["step_s_spread"])
     memory = result["prefill_bytes"]
-    row = [
+    return [
         result["engine"],
         f"{len(lengths)}",
         "/".join(map(str, dict.fromkeys(lengths))),
@@ -360,22 +393,28 @@ def cells(result: dict, limits: dict[str, float], shared: bool) -> list[str]:
         f"{len(lengths) / step:,.1f} ({slowest:,.1f}..{fastest:,.1f})",
         f"{result['bytes'] / step / limits['read']:.0%}",
     ]
-    return row + [collectives_cell(**result.get("collectives", {}))] * shared
 
 
 def collectives_cell(share: float | None = None, **calls: float) -> str:
-    return "" if share is None else f"{share:.0%}: {', '.join(f'{count:g} {kind}' for kind, count in calls.items())}"
+    if share is None:
+        return ""
+    return f"{share:.0%}: {', '.join(f'{count:g} {kind}' for kind, count in calls.items())}"
 
 
-def summary(model: Transformer, about: dict[str, str], name: str) -> dict:
+def summary(model: Transformer, engines: Iterable, name: str) -> dict:
+    """What the last line says of the run itself."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for engine in engines:
+        versions |= getattr(engine, "version", {})
+    weight = model.norm.weight
     return {
         "date": date.today().isoformat(),
         "model": str(name),
-        "device": str(model.norm.weight.device),
-        "dtype": dtype_name(model.norm.weight.dtype),
+        "device": str(weight.device),
+        "dtype": dtype_name(weight.dtype),
         "ranks": parallel.size(),
         "threads": torch.get_num_threads(),
-        "versions": about,
+        "versions": versions,
     }
 
 

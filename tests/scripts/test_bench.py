@@ -19,6 +19,7 @@ from benchmarks.peers import LlamaCpp
 
 ROOT = Path(__file__).parents[2]
 HAS_LLAMA_CPP = bool(find_spec("llama_cpp") and find_spec("gguf"))
+PLAN = bench.Plan((8,), (1,), 1, 3, ("plain",), ragged=False, peers=False, against=None, queue=0)
 ONE_LAYER = {"shape": "demo", "layers": 1, "device": "cpu", "dtype": "float32", "counting": True}
 
 
@@ -48,7 +49,7 @@ def before(tmp_path) -> Path:
 
 
 def test_every_engine_is_measured_and_the_last_line_is_json(before):
-    options = ["--dtype", "float32", "--prompts", "8,20", "--batches", "1,2", "--steps", "2", "--turns", "2", "--peers"]
+    options = ["--dtype", "float32", "--prompts", "8,20", "--batches", "1,2", "--steps", "2", "--turns", "1", "--peers"]
     table, last = run([], [*options, "--formats", "plain,int8,int4", "--ragged", "--against", str(before)])
 
     results = last["results"]
@@ -101,7 +102,7 @@ def test_the_first_turn_of_every_engine_is_not_counted():
     """Once the first engine's first case stood there with a third of its speed."""
     engines = {"a": Counter(), "b": Counter()}
     model = make_model(**ONE_LAYER, longest=16, most=2)
-    results = bench.measure(engines, model, (4, 6), 1, 3, bench.fresh_ids(model.vocab_size))
+    results = bench.measure(engines, model, (4, 6), PLAN, bench.fresh_ids(model.vocab_size))
     assert [(r["first_token_s"], r["first_token_s_spread"]) for r in results] == [(4.0, [3.0, 5.0])] * 2
     assert [(r["step_s"], r["step_s_spread"], r["prefill_bytes"]) for r in results] == [(40.0, [30.0, 50.0], 7)] * 2
 
@@ -110,7 +111,7 @@ def test_no_prompt_begins_as_an_earlier_one():
     """A cache that knows how a prompt begins would not compute it again."""
     engines = {"a": Counter(), "b": Counter()}
     model = make_model(**ONE_LAYER, longest=16, most=2)
-    bench.measure(engines, model, (4, 6), 1, 3, bench.fresh_ids(model.vocab_size))
+    bench.measure(engines, model, (4, 6), PLAN, bench.fresh_ids(model.vocab_size))
     first = [prompt[0] for engine in engines.values() for prompts in engine.given for prompt in prompts]
     assert len(first) == len(set(first)) == 2 * 5 * 2
     assert {tuple(map(len, prompts)) for engine in engines.values() for prompts in engine.given} == {(4, 6)}
@@ -219,7 +220,6 @@ def test_a_lone_row_is_timed_after_the_others_have_ended(row):
 
 
 def test_another_checkout_computes_with_its_own_library(before):
-    (before / "llama" / "marked.py").write_text("")
     with (before / "llama" / "generation.py").open("a") as file:
         file.write("\nLlama.generate = lambda self, prompts, *args, **options: ([[7] * 3 for _ in prompts], None)\n")
     other = Elsewhere(before, ONE_LAYER | {"longest": 32, "most": 1}, EOS)

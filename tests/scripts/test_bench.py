@@ -178,9 +178,13 @@ def test_answers_have_the_length_that_their_prompt_says():
     answers = [3, 20, 1, 8, 5]
     prompts = queued.prompts_of([4, 2, 9, 1, 5], answers, 2560, turn=0)
     assert [len(prompt) for prompt in prompts] == [4, 2, 9, 1, 5]
-    for way in (ours.rows_at_once, ours.rows_in_chunks):
+    calls = []
+    generate = ours.llama.generate
+    ours.llama.generate = lambda given, *args, **options: calls.append(len(given)) or generate(given, *args, **options)
+    for way, sizes in ((ours.rows_at_once, [5]), (ours.rows_in_chunks, [2, 2, 1])):
+        calls.clear()
         spent, found = way(prompts)
-        assert found == answers and spent > 0
+        assert (found, calls) == (answers, sizes) and spent > 0
 
 
 def test_lengths_are_long_tailed_and_turns_share_them():

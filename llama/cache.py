@@ -61,6 +61,11 @@ class KVCache:
             tensor[:, target, :, :length] = tensor[:, source, :, :length]
         self.ids[target] = self.ids[source][:length]
 
+    def clear(self) -> None:
+        """Empty all rows."""
+        for row in range(len(self.ids)):
+            self.wipe(row)
+
     def wipe(self, row: int) -> None:
         """Empty a row: a number that is not finite spoils what is added to it, even with the weight 0."""
         self.k[:, row] = 0

@@ -80,33 +80,39 @@ class Sampling:
         return dataclasses.replace(self, stop=self.checked_stop())
 
     def check_ranges(self) -> None:
-        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
+        temperature = self.temperature
+        if not is_number(temperature) or not 0 <= temperature < math.inf:
             allowed = "0 (greedy) or a positive number"
-            raise ValueError(f"temperature is {self.temperature!r}; it must be {allowed}.")
+            raise ValueError(f"temperature is {temperature!r}; it must be {allowed}.")
 
-        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
+        top_p = self.top_p
+        if not is_number(top_p) or not 0 < top_p <= 1:
             allowed = "above 0 and at most 1 (1 keeps every token)"
-            raise ValueError(f"top_p is {self.top_p!r}; it must be {allowed}.")
+            raise ValueError(f"top_p is {top_p!r}; it must be {allowed}.")
 
-        if self.min_p is not None and not (is_number(self.min_p) and 0 <= self.min_p <= 1):
-            raise ValueError(f"min_p is {self.min_p!r}; it must be from 0 to 1, or None.")
+        min_p = 0 if self.min_p is None else self.min_p
+        if not is_number(min_p) or not 0 <= min_p <= 1:
+            raise ValueError(f"min_p is {min_p!r}; it must be from 0 to 1, or None.")
 
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            if not (is_number(value) and math.isfinite(value)):
+            if not is_number(value) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value!r}; it must be a number.")
 
     def check_counts(self) -> None:
         for name, least in (("top_k", 1), ("max_gen_len", 0)):
             value = getattr(self, name)
-            if value is not None and not (is_integer(value) and value >= least):
+            if value is None:
+                continue
+            if not is_integer(value) or value < least:
                 allowed = f"an integer of at least {least}, or None"
                 raise ValueError(f"{name} is {value!r}; it must be {allowed}.")
 
         for name, least in (("n", 1), ("top_logprobs", 0)):
             value = getattr(self, name)
-            if not (is_integer(value) and value >= least):
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}.")
+            if not is_integer(value) or value < least:
+                allowed = f"an integer of at least {least}"
+                raise ValueError(f"{name} is {value!r}; it must be {allowed}.")
 
         if self.seed is not None and not is_integer(self.seed):
             allowed = "an integer, or None to continue the sequence"

@@ -50,27 +50,31 @@ class Slots:
         free = [slot for slot, row in enumerate(self.rows) if row is None]
         return sorted(free, key=lambda slot: self.freed[slot])
 
+    def seated(self) -> list[int]:
+        """The slots with a row."""
+        return [slot for slot, row in enumerate(self.rows) if row is not None]
+
+    def is_through(self, slot: int) -> bool:
+        """Whether the slot holds the whole prompt of its row."""
+        held = self.cache.ids[slot]
+        return len(held) >= len(self.rows[slot].prompt)
+
     def filling(self) -> list[int]:
         """The slots whose prompt is not through, the one that was taken first in front."""
-        slots = []
-        for slot, row in enumerate(self.rows):
-            if row is not None and len(self.cache.ids[slot]) < len(row.prompt):
-                slots.append(slot)
+        slots = [slot for slot in self.seated() if not self.is_through(slot)]
         return sorted(slots, key=lambda slot: self.taken[slot])
 
     def running(self) -> list[int]:
         """The slots whose prompt is through."""
-        slots = []
-        for slot, row in enumerate(self.rows):
-            if row is not None and len(self.cache.ids[slot]) >= len(row.prompt):
-                slots.append(slot)
-        return slots
+        return [slot for slot in self.seated() if self.is_through(slot)]
 
     def everybody(self) -> list[Row]:
         """The rows that sit, wait, or follow another."""
-        seated = [row for row in self.rows if row is not None]
-        following = [row for group in self.followers.values() for row in group]
-        return [*seated, *self.waiting, *following]
+        rows = [self.rows[slot] for slot in self.seated()]
+        rows += self.waiting
+        for group in self.followers.values():
+            rows += group
+        return rows
 
     # --- entering ---
 
@@ -180,8 +184,8 @@ class Slots:
 
         for leader, group in self.followers.items():
             self.followers[leader] = [row for row in group if not row.ended]
-        for slot, row in enumerate(self.rows):
-            if row is not None and row.ended:
+        for slot in self.seated():
+            if self.rows[slot].ended:
                 self.leave(slot)
 
         for row in [row for row in self.waiting if row.ended]:

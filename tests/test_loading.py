@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama import ModelArgs, Transformer, loading, parallel
+from llama import ModelArgs, Transformer, device, loading, parallel
 from llama.model import KVCache
 from support.checkpoints import write_checkpoint
 from support.folders import PARAMS, PROMPTS, WORDS, build, rewrite_params, weights
@@ -251,6 +251,17 @@ def test_memory_that_is_exactly_enough_is_enough(folder, monkeypatch):
     monkeypatch.setattr(loading, "free_memory", lambda device: needed)
     assert build(folder, **WIDE).model.cache.k.shape[1] == 8
     memory_message(folder, monkeypatch, needed - 1)
+
+
+def test_memory_is_at_most_what_the_container_has_left(folder, monkeypatch):
+    """A container's own limit counts, however much the machine has free: beyond it the system kills the process."""
+    needed = sum(LARGE.memory(4))
+    monkeypatch.setattr(device, "container_memory", lambda: needed - 1)
+    refusal(lambda: build(folder, **WIDE), "GB free", "cpu", error=RuntimeError)
+    monkeypatch.setattr(device, "container_memory", lambda: needed)
+    assert build(folder, **WIDE).model.cache.k.shape[1] == 8
+    monkeypatch.setattr(device, "container_memory", lambda: None)
+    build(folder, **WIDE)
 
 
 def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):

@@ -7,6 +7,7 @@ nothing of HTTP, argument parsing or how ranks share a layer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -34,9 +35,9 @@ from llama.prompts import (
     Dialog,
     Message,
     Role,
-)
-from llama.rows import Piece, Row
-from llama.sampling import Sampling, is_integer, sample_top_p, uniforms
+)  # fmt: skip
+from llama.rows import Piece, Row, check_prompt
+from llama.sampling import Sampling, sample_top_p, uniforms
 from llama.tokenizer import Tokenizer
 
 __all__ = [  # what callers import from here, some of it defined elsewhere
@@ -61,7 +62,7 @@ class Llama:
         check_vocabulary(tokenizer.n_words, model.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
-        self.seeds = random.Random(seed)
+        self.seeds = random.Random(seed if parallel.group() == 0 else f"{seed} {parallel.group()}")
         self.drawing = threading.Lock()
         compiled = None if compile is None else compiled_step(model, compile)
         self.engine = Engine(model, tokenizer.n_words, compiled)
@@ -279,8 +280,8 @@ class Llama:
         return wanted, agreed
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        found = "one string" if isinstance(texts, str) else type(texts).__name__
         if isinstance(texts, str) or not isinstance(texts, Sequence):
-            found = "one string" if isinstance(texts, str) else type(texts).__name__
             raise ValueError(f"Texts must come as a list of strings, not as {found}.")
         return [self.tokenizer.encode(text, bos=True, eos=False) for text in texts]
 
@@ -302,7 +303,7 @@ class Llama:
             raise ValueError(f"Prompts must come as a list of lists of token ids, not as {found}.")
         indices = range(len(prompts)) if indices is None else indices
         for index, prompt in zip(indices, prompts, strict=True):
-            self.check_prompt(index, prompt)
+            check_prompt(index, prompt, self.model.vocab_size, self.model.params.max_seq_len)
 
         seed = self.next_seed(options)
         rows = []
@@ -317,25 +318,6 @@ class Llama:
                 rows.append(row)
         return rows
 
-    def check_prompt(self, index: int, prompt: Sequence[int]) -> None:
-        """Raise `ValueError` unless a prompt is a list of ids that the tokenizer knows, and fits."""
-        if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
-            allowed = "a list of token ids that begins with BOS"
-            raise ValueError(f"Prompt {index} is {prompt!r}; it must be {allowed}.")
-
-        known = self.model.vocab_size
-        for id in prompt:
-            if not (is_integer(id) and 0 <= id < known):
-                allowed = f"integers from 0 to {known - 1}"
-                raise ValueError(f"Prompt {index} holds {id!r}; token ids are {allowed}.")
-
-        limit = self.model.params.max_seq_len
-        if len(prompt) > limit:
-            advice = "shorten it, or build with a larger max_seq_len"
-            raise ValueError(
-                f"Prompt {index} has {len(prompt)} tokens, over max_seq_len {limit}; {advice}."
-            )
-
     def next_seed(self, options: Sampling) -> int:
         """The seed that was given, else the next of this instance's sequence, the first rank's on all ranks."""
         if options.seed is not None or options.temperature == 0:
@@ -348,16 +330,16 @@ class Llama:
         self, dialogs: Sequence[Dialog], options: Sampling, continue_final: bool
     ) -> list[Row]:
         """`n` rows for each dialog in order; those of a dialog that holds a special tag have ended already."""
-        for index, dialog in enumerate(dialogs):
-            prompts.check_dialog(dialog, f"Dialog {index}")
+        prompts.check_dialogs(dialogs, continue_final=continue_final)
+        refused = [
+            index for index, dialog in enumerate(dialogs) if prompts.find_special_tag(dialog)
+        ]
+        accepted = [index for index in range(len(dialogs)) if index not in refused]
 
-        refused = []
-        accepted = []
-        for index, dialog in enumerate(dialogs):
-            (refused if prompts.find_special_tag(dialog) else accepted).append(index)
-
-        encoded = [prompts.encode_dialog(self.tokenizer, dialogs[index]) for index in accepted]
-        rows = self.make_rows(encoded, options, accepted)
+        encode = functools.partial(
+            prompts.encode_dialog, self.tokenizer, continue_final=continue_final
+        )
+        rows = self.make_rows([encode(dialogs[index]) for index in accepted], options, accepted)
         for prompt_index in refused:
             for index in range(prompt_index * options.n, (prompt_index + 1) * options.n):
                 row = Row([], options, self.tokenizer, index=index, room=0)

@@ -15,111 +15,22 @@ This module knows nothing of files, text, sampling or quantization, nor which de
 
 from __future__ import annotations
 
-import math
 import operator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import parallel
+from llama.args import ModelArgs
 from llama.cache import KVCache, Window
 from llama.parallel import ColumnParallelLinear, ParallelEmbedding, RowParallelLinear
 
-COUNTS = [
-    "dim",
-    "n_layers",
-    "n_heads",
-    "n_kv_heads",
-    "vocab_size",
-    "multiple_of",
-    "max_batch_size",
-    "max_seq_len",
-]
-OPTIONAL = ("n_kv_heads", "ffn_dim_multiplier")
-
-
-@dataclass
-class ModelArgs:
-    """The sizes of a model, under the names `params.json` gives them, and of its cache.
-
-    `n_kv_heads=None` means one key-value head for each query head. `max_batch_size` and `max_seq_len` size the cache
-    in rows and positions; they are no property of the weights.
-    """
-
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int | None = None
-    vocab_size: int = -1
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    max_batch_size: int = 32
-    max_seq_len: int = 2048
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    @property
-    def ffn_hidden_dim(self) -> int:
-        """Width of the feed-forward layer: 2/3 of 4 `dim`, scaled, then rounded up to `multiple_of`.
-
-        Three matrices of that width hold as many weights as the two of a plain feed-forward layer of width 4 `dim`
-        (SwiGLU, section 2). 7B: dim 4096 -> 10922 -> 11008.
-        """
-        hidden = int((self.ffn_dim_multiplier or 1) * int(2 * 4 * self.dim / 3))
-        return -(-hidden // self.multiple_of) * self.multiple_of
-
-    def check(self) -> None:
-        """Raise `ValueError` for sizes that describe no model."""
-        for name in (field.name for field in fields(ModelArgs)):
-            value = getattr(self, name)
-            if value is None and name in OPTIONAL:
-                continue
-
-            allowed = int if name in COUNTS else int | float
-            is_number = isinstance(value, allowed) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf:
-                kind = "integer" if name in COUNTS else "number"
-                raise ValueError(f"{name} is {value!r}; it must be a positive {kind}.")
-
-        if self.dim % self.n_heads or self.head_dim % 2:
-            raise ValueError(
-                f"dim {self.dim} does not divide into {self.n_heads} heads of an even dimension."
-            )
-
-        if self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.kv_heads}."
-            )
-
-    def cache_shape(self) -> tuple[int, int, int, int, int]:
-        """(L, B, K, S, D) of a cache for this rank's heads; several ranks may keep the same one."""
-        kv_heads = max(self.kv_heads // parallel.size(), 1)
-        return self.n_layers, self.max_batch_size, kv_heads, self.max_seq_len, self.head_dim
-
-    def rank_counts(self) -> list[int]:
-        """The numbers of model-parallel ranks this model divides over: whole heads, equal shares of every matrix.
-
-        Key-value heads are shared out, or each is kept by several ranks where there are more ranks than heads.
-        """
-        counts = []
-
-        for n in range(1, self.n_heads + 1):
-            shares_queries = self.n_heads % n == 0 and self.ffn_hidden_dim % n == 0
-            shares_keys = self.kv_heads % n == 0 or n % self.kv_heads == 0
-            if shares_queries and shares_keys:
-                counts.append(n)
-
-        return counts
+__all__ = [  # what callers import from here, some of it defined elsewhere
+    "Attention", "FeedForward", "KVCache", "ModelArgs", "RMSNorm", "Transformer", "TransformerBlock",
+    "apply_rotary_emb", "precompute_freqs_cis", "repeat_kv",
+]  # fmt: skip
 
 
 class RMSNorm(nn.Module):
@@ -136,16 +47,19 @@ class RMSNorm(nn.Module):
 
 def rotary_table(head_dim: int, end: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position * theta^(-2i / head_dim), each (end, head_dim / 2) float32 on the CPU."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    angles = torch.outer(
-        torch.arange(end, dtype=torch.float32, device="cpu"), 1.0 / theta**exponents
-    )
+    features = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / theta ** (features / head_dim)
+    positions = torch.arange(end, dtype=torch.float32, device="cpu")
+
+    angles = torch.outer(positions, frequencies)
     return angles.cos(), angles.sin()
 
 
 def paired(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The table as `rotate` reads it, a number for each of a head's D: (cos, cos) and (-sin, sin) for every pair."""
-    return cos.repeat_interleave(2, dim=-1), torch.stack((-sin, sin), dim=-1).flatten(-2)
+    cosines = cos.repeat_interleave(2, dim=-1)
+    signed_sines = torch.stack((-sin, sin), dim=-1)
+    return cosines, signed_sines.flatten(-2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -156,20 +70,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     wide = x.float()
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # x[1], x[0], x[3], x[2], ...
-    return torch.addcmul(wide * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2)).type_as(
-        x
-    )  # one angle for all heads
+
+    # All heads of a position turn by the same angles.
+    cos = cos.unsqueeze(-2)
+    sin = sin.unsqueeze(-2)
+    return torch.addcmul(wide * cos, swapped, sin).type_as(x)
 
 
 def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
     """The rotary table as complex numbers, (end, dim / 2) complex64, for callers that want that form."""
-    return torch.complex(*rotary_table(dim, end, theta))
+    cos, sin = rotary_table(dim, end, theta)
+    return torch.complex(cos, sin)
 
 
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries (B, T, H, D) and keys (B, T, K, D) by complex `freqs_cis` (T, D / 2)."""
-    table = paired(freqs_cis.real, freqs_cis.imag)
-    return rotate(xq, *table), rotate(xk, *table)
+    cos, sin = paired(freqs_cis.real, freqs_cis.imag)
+    return rotate(xq, cos, sin), rotate(xk, cos, sin)
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:

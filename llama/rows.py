@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from llama.sampling import Sampling
+from llama.sampling import Sampling, is_integer
 from llama.tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "refused", "cancelled"]
@@ -46,6 +46,23 @@ class Scores:
 
     logprobs: list[float] = field(default_factory=lambda: [0.0])
     top: list[Alternatives] = field(default_factory=lambda: [[]])
+
+
+def check_prompt(index: int, prompt: Sequence[int], vocab_size: int, max_seq_len: int) -> None:
+    """Raise `ValueError` unless a prompt is a list of ids that the model knows, and fits."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
+        allowed = "a list of token ids that begins with BOS"
+        raise ValueError(f"Prompt {index} is {prompt!r}; it must be {allowed}.")
+
+    for id in prompt:
+        if not is_integer(id) or not 0 <= id < vocab_size:
+            allowed = f"integers from 0 to {vocab_size - 1}"
+            raise ValueError(f"Prompt {index} holds {id!r}; token ids are {allowed}.")
+
+    if len(prompt) > max_seq_len:
+        tokens = f"{len(prompt)} tokens, over max_seq_len {max_seq_len}"
+        advice = "shorten it, or build with a larger max_seq_len"
+        raise ValueError(f"Prompt {index} has {tokens}; {advice}.")
 
 
 class Row:

@@ -96,16 +96,25 @@ class Slots:
 
         strangers = []
         for row in entering:
-            shared = [self.sharable(slot, row) for slot in free]
-            longest = max(shared)
-            if longest and longest >= min(WORTH_SHARING, len(row.prompt) // 2):
-                self.seat(row, free.pop(shared.index(longest)))
-            else:
+            slot = self.holder(row, free)
+            if slot is None:
                 strangers.append(row)
+            else:
+                self.seat(row, slot)
+                free.remove(slot)
 
         strangers.sort(key=lambda row: -len(row.prompt))
-        for row, slot in zip(strangers, sorted(free[: len(strangers)]), strict=True):
+        lowest = sorted(free[: len(strangers)])
+        for row, slot in zip(strangers, lowest, strict=True):
             self.seat(row, slot)
+
+    def holder(self, row: Row, free: list[int]) -> int | None:
+        """The free slot that holds most of a row's prompt, if that is half of it or worth a search."""
+        shared = [self.sharable(slot, row) for slot in free]
+        longest = max(shared)
+        if longest == 0 or longest < min(WORTH_SHARING, len(row.prompt) // 2):
+            return None
+        return free[shared.index(longest)]
 
     def sharable(self, slot: int, row: Row) -> int:
         """How many ids of a slot the row's prompt can go on from: never all, as the last one's logits are needed."""
@@ -144,12 +153,13 @@ class Slots:
         A move costs one reading and writing of a row's keys; an idle slot costs its share of every step to come.
         """
         while slots := self.running():
-            gaps = [slot for slot in range(slots[0], slots[-1]) if self.rows[slot] is None]
-            span = slots[-1] - slots[0] + 1
+            first = slots[0]
+            last = slots[-1]
+            gaps = [slot for slot in range(first, last) if self.rows[slot] is None]
+            span = last - first + 1
             if not gaps or 4 * len(slots) > 3 * span:
                 return
 
-            last = slots[-1]
             self.cache.copy(last, gaps[0], len(self.cache.ids[last]))
             self.take(self.rows[last], gaps[0])
             self.clear(last)

@@ -337,7 +337,12 @@ def test_a_bare_dialog_in_place_of_a_list_is_told_so():
         check_dialogs(dialog("hi"))
 
 
-@pytest.mark.parametrize("given", [None, "hi", {"role": "user", "content": "hi"}, 7, iter([])], ids=repr)
+@pytest.mark.parametrize(
+    "given",
+    [None, "hi", {"role": "user", "content": "hi"}, 7, iter([])],
+    ids=repr,
+    ids=lambda value: type(value).__name__,
+)
 def test_what_is_no_list_of_dialogs_is_named(given):
     with pytest.raises(ValueError, match=f"must come as a list of dialogs, not {type(given).__name__}"):
         check_dialogs(given)

@@ -40,7 +40,6 @@ def takes_options(call: Call) -> Call:
     hints = typing.get_type_hints(Sampling)
     plain = inspect.signature(call)
     own = [p for p in plain.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    names = {p.name for p in own}
 
     shared = []
     for field in dataclasses.fields(Sampling):
@@ -51,7 +50,7 @@ def takes_options(call: Call) -> Call:
                     field.name, keyword, default=field.default, annotation=hints[field.name]
                 )
             )
-    known = [*names, *(p.name for p in shared)]
+    known = [p.name for p in (*own, *shared) if p.name != "self"]
 
     @functools.wraps(call)
     def checked(*args: Any, **kwargs: Any) -> Any:
@@ -75,4 +74,4 @@ def instead(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"did you mean {close[0]!r}"
-    return f"it takes {', '.join(known[1:])}"
+    return f"it takes {', '.join(known)}"

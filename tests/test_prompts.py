@@ -340,7 +340,6 @@ def test_a_bare_dialog_in_place_of_a_list_is_told_so():
 @pytest.mark.parametrize(
     "given",
     [None, "hi", {"role": "user", "content": "hi"}, 7, iter([])],
-    ids=repr,
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_list_of_dialogs_is_named(given):

@@ -32,6 +32,7 @@ from llama.kernels import FORMATS, Quantized
 from llama.model import ModelArgs, Transformer
 
 LEAST_POSITIONS = 128  # of a smaller cache that is worth advising
+PADDING_ROWS = 128  # of an embedding beyond the tokenizer's ids: fewer are padding, more are tokens
 
 
 def join(model_parallel_size: int | None, device: str | torch.device | None) -> torch.device:
@@ -116,13 +117,17 @@ def summary(
 def model_args(
     params: Mapping[str, object], n_words: int, max_seq_len: int, max_batch_size: int
 ) -> ModelArgs:
-    """`params.json` as sizes; `vocab_size` -1 means the tokenizer's. Warns of keys that this model has no use for."""
+    """`params.json` as sizes; `vocab_size` -1 means the tokenizer's.
+
+    Warns of keys that this model has no use for, and of a tokenizer that knows far fewer tokens than the model.
+    """
     names = {field.name for field in dataclasses.fields(ModelArgs)} - {
         "max_seq_len",
         "max_batch_size",
     }
     unknown = sorted(params.keys() - names)
-    if unknown and parallel.world()[0] == 0:
+    first = parallel.world()[0] == 0
+    if unknown and first:
         warnings.warn(
             f"params.json has keys that are not used: {', '.join(unknown)}.", stacklevel=3
         )
@@ -133,6 +138,14 @@ def model_args(
         args.vocab_size = n_words
     args.check()
     check_vocabulary(n_words, args.vocab_size)
+
+    unreadable = args.vocab_size - n_words
+    if unreadable >= PADDING_ROWS and first:
+        what = f"The tokenizer has {n_words} ids, but the model {args.vocab_size} rows"
+        advice = "if the model has a tokenizer of its own, give it as tokenizer_path"
+        warnings.warn(
+            f"{what}: {unreadable} tokens can be neither read nor written; {advice}.", stacklevel=3
+        )
     return args
 
 

@@ -103,6 +103,19 @@ def test_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path, tokenizer_p
     refusal(lambda: build(folder), "480", "470", "tokenizer")
 
 
+@pytest.mark.parametrize("rows, warned", [(WORDS + 127, False), (WORDS + 128, True), (4000, True)])
+def test_vocabulary_far_beyond_the_tokenizers_is_warned_of(tmp_path, tokenizer_path, rows, warned):
+    """The base's tokenizer beside a model with an extended vocabulary: its own tokens were lost without a word."""
+    params = PARAMS | {"vocab_size": rows}
+    folder = write_checkpoint(tmp_path / "model", params, random_weights(params), tokenizer_path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build(folder)
+    messages = [str(warning.message) for warning in caught]
+    words = f"The tokenizer has {WORDS} ids, but the model {rows} rows: {rows - WORDS} tokens can be neither read"
+    assert [message.startswith(words) for message in messages] == [True] * warned
+
+
 def test_vocabulary_beyond_the_tokenizers_is_never_chosen(tmp_path, tokenizer_path):
     params = PARAMS | {"vocab_size": 500}
     large = random_weights(params)
@@ -255,7 +268,7 @@ def test_memory_that_is_exactly_enough_is_enough(folder, monkeypatch):
 
 def test_memory_is_at_most_what_the_container_has_left(folder, monkeypatch):
     """A container's own limit counts, however much the machine has free: beyond it the system kills the process."""
-    needed = sum(LARGE.memory(4))
+    needed = sum(loading.needed(LARGE, 4))
     monkeypatch.setattr(device, "container_memory", lambda: needed - 1)
     refusal(lambda: build(folder, **WIDE), "GB free", "cpu", error=RuntimeError)
     monkeypatch.setattr(device, "container_memory", lambda: needed)
@@ -306,7 +319,7 @@ def test_memory_estimate_is_what_the_model_holds(monkeypatch, params, ranks, dty
         sum(parameter.nbytes for parameter in model.parameters()),
         cache.k.nbytes + cache.v.nbytes,
     )
-    assert args.memory(dtype.itemsize, ranks) == held
+    assert loading.needed(args, dtype.itemsize, ranks) == held
 
 
 # --- what building leaves alone --------------------------------------------------------------------------------------

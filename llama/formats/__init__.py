@@ -37,7 +37,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llama.formats.recognise import folder_path
+from llama.formats.recognise import check_folder, folder_path
 
 if TYPE_CHECKING:
     from llama.formats.slicing import Checkpoint
@@ -54,6 +54,7 @@ def find(folder: str | Path) -> Checkpoint:
     )
 
     folder = folder_path(folder, "ckpt_dir", "the weights")
+    check_folder(folder)
     if (folder / "config.json").is_file() and not any(folder.glob("consolidated.*.pth")):
         return hugging_face.find(folder)
     return meta.find(folder)
@@ -66,7 +67,7 @@ def find_tokenizer(folder: Path) -> Path:
     `FileNotFoundError`.
     """
     if not (folder / "tokenizer.model").is_file() and (folder / "tokenizer.json").is_file():
-        advice = "add the tokenizer.model of it or its base, or give tokenizer_path"
+        advice = "add the tokenizer.model that the model was trained with, or give tokenizer_path"
         raise FileNotFoundError(
             f"{folder} has a tokenizer.json, which this library does not read; {advice}."
         )

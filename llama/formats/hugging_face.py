@@ -25,7 +25,7 @@ ALLOWED = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
 }
-REFUSED = ("attention_bias", "mlp_bias", "quantization_config")
+REFUSED = ("attention_bias", "mlp_bias")
 
 
 @dataclass
@@ -123,6 +123,11 @@ def convert_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path} asks for {key} {config[key]!r}; this library computes only {value!r}."
             )
+
+    if config.get("quantization_config"):
+        asked = f"asks for quantization_config {config['quantization_config']!r}"
+        advice = "give the unquantized original, which quantize='int8' or 'int4' makes small"
+        raise ValueError(f"{path} {asked}, in which this library reads no weights; {advice}.")
 
     # The sizes that have to be there.
     for key in (*SIZES.values(), "vocab_size", "intermediate_size"):

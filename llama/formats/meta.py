@@ -28,11 +28,6 @@ def find(folder: Path) -> MetaCheckpoint:
 
 def find_shards(folder: Path) -> list[Path]:
     """The folder's `consolidated.NN.pth` in order. Raises `FileNotFoundError` that says what is there instead."""
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"ckpt_dir {folder} {what}; give the folder that holds the weights."
-        )
     shards = sorted(folder.glob("consolidated.*.pth"))
     if not shards:
         raise FileNotFoundError(

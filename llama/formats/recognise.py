@@ -42,6 +42,35 @@ def folder_path(value: str | Path, argument: str, content: str) -> Path:
     return Path(value)
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `FileNotFoundError` or `ValueError`, with what to do, for a ckpt_dir that plainly is no checkpoint."""
+    if not folder.exists():
+        advice = "give the folder that holds the weights, which ./download.sh fetches"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", folder.as_posix()):
+            name = folder.as_posix()
+            advice += f"; a model of the Hugging Face hub comes by `hf download {name} --local-dir {folder.name}`"
+        raise FileNotFoundError(f"ckpt_dir {folder} does not exist; {advice}.")
+
+    instead = "give the folder of the same model in Meta's or Hugging Face's layout"
+    if folder.suffix == ".gguf":
+        raise ValueError(
+            f"ckpt_dir {folder} is a GGUF file, which this library does not read; {instead}."
+        )
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"ckpt_dir {folder} is a file, not a folder; give the folder that holds the weights."
+        )
+
+    if (folder / "config.json").is_file() or any(folder.glob("consolidated.*.pth")):
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter; give its base as ckpt_dir, and this folder as lora."
+        )
+    if any(folder.glob("*.gguf")):
+        raise ValueError(f"{folder} holds GGUF files, which this library does not read; {instead}.")
+
+
 def listing(folder: Path, limit: int = 8) -> str:
     """The names in a folder, for a message that says what was found instead."""
     names = sorted(path.name + "/" if path.is_dir() else path.name for path in folder.iterdir())

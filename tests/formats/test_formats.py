@@ -84,6 +84,37 @@ def test_find_cuts_a_long_listing(tmp_path):
     assert "photo20.png" not in message
 
 
+@pytest.mark.parametrize("name", ["meta-llama/Llama-2-7b-chat-hf", "mine/llama_2.hf"])
+def test_find_says_how_a_hub_id_becomes_a_folder(name):
+    words = (
+        f"ckpt_dir {name} does not exist",
+        "./download.sh",
+        f"`hf download {name} --local-dir {name.split('/')[1]}`",
+    )
+    refusal(lambda: build(name), *words, error=FileNotFoundError)
+
+
+def test_find_says_who_fetches_a_folder_that_is_not_there(tmp_path):
+    message = refusal(lambda: build(tmp_path / "llama-2-7b"), "./download.sh", error=FileNotFoundError)
+    assert "hub" not in message
+
+
+def test_find_says_where_an_adapter_goes(folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    refusal(lambda: build(adapter), f"{adapter} holds an adapter", "its base as ckpt_dir", "as lora")
+    (folder / "adapter_config.json").write_text("{}")
+    assert build(folder).tokenizer.n_words == WORDS, "a checkpoint stays one"
+
+
+def test_find_says_that_gguf_is_not_read(tmp_path):
+    path = tmp_path / "llama-2-7b.Q4_K_M.gguf"
+    path.write_bytes(b"GGUF")
+    refusal(lambda: build(path), f"{path} is a GGUF file", "does not read", "Hugging Face")
+    refusal(lambda: build(tmp_path), f"{tmp_path} holds GGUF files", "does not read", "Hugging Face")
+
+
 def test_find_tokenizer_says_where_it_looked(folder, tokenizer_path):
     (folder / "tokenizer.model").unlink()
     refusal(lambda: build(folder), str(folder), "folder above", "tokenizer_path", error=FileNotFoundError)

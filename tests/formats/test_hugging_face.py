@@ -143,6 +143,14 @@ def test_rows_of_a_head_of_six():
     assert hf_layout.deinterleave(hf_layout.interleave(rows, 6), 6).equal(rows)
 
 
+@pytest.mark.parametrize("dim, start, length", [(0, 0, 12), (0, 3, 5), (0, 6, 6), (0, 11, 1), (1, 0, 2), (1, 1, 1)])
+def test_rows_of_any_part_are_in_metas_order(dim, start, length):
+    """A part may begin and end inside a head, and may be of columns."""
+    rows = torch.arange(24).view(12, 2)
+    expected = hf_layout.interleave(rows, 6).narrow(dim, start, length)
+    assert hf_layout.HalfSplit(rows, 6).narrow(dim, start, length).equal(expected)
+
+
 def test_config_gives_the_sizes(folder):
     params = build(folder).model.params
     assert (params.dim, params.n_layers, params.n_heads, params.n_kv_heads) == (32, 2, 4, 2)
@@ -401,7 +409,10 @@ def test_code_llama_sizes(tmp_path, tokenizer_path, vocab_size, theta):
         ({"attention_bias": True}, ["attention_bias True"]),
         ({"mlp_bias": True}, ["mlp_bias True"]),
         ({"head_dim": 16}, ["head_dim 16", "8"]),
-        ({"quantization_config": {"bits": 4}}, ["quantization_config", "bits"]),
+        (
+            {"quantization_config": {"bits": 4}},
+            ["quantization_config", "bits", "original", "quantize='int8' or 'int4'"],
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling", "linear"]),
         ({"rope_scaling": {"factor": 2.0}}, ["rope_scaling", "factor"]),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, ["rope_parameters", "llama3"]),

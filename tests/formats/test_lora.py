@@ -223,6 +223,7 @@ OTHER_TENSORS = {
     f"{PREFIX}.norm.lora_A.weight": (4, 32),
     "base_model.model.lm_head.lora_A.weight": (4, 32),
     "base_model.model.lm_head.bias": (480,),
+    "model.layers.0.self_attn.v_proj.lora_A.weight": (4, 32),
     "base_model.model.score.weight": (2, 32),
     "layers": (1,),
 }

@@ -39,7 +39,7 @@ MAY_IMPORT["generation"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = {"generation", "model", "prompts", "tokenizer"}
 MAY_IMPORT["convert"] = set(MAY_IMPORT) - {"generation", "__init__"}
 
-CORE = set(FILES) - {"convert"}
+CORE = set(FILES) - {"__init__", "convert"}
 ONLY_PARALLEL = ("fairscale", "torch.distributed")
 NO_TORCH = ("files", "tokenizer", "prompts", "stopping")
 FILES_AND_TEXT = ("os", "io", "json", "pathlib", "pickle", "sentencepiece", "safetensors")

@@ -26,7 +26,6 @@ import logging
 import platform
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,13 +33,11 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
-import fire
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import flags
-from llama import Llama, ModelArgs, Transformer, parallel, quantize
+from llama import Llama, ModelArgs, Transformer, cli, parallel, quantize
 from llama.decode import Batch, compiled_step, eager_step
 from llama.device import choose_device, choose_dtype, collective_backend, dtype_name, use_device
 from llama.loading import place
@@ -537,5 +534,4 @@ def summary(results: list[dict], limits: dict, model: Transformer, about: dict[s
 
 
 if __name__ == "__main__":
-    sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    fire.Fire(main, command=flags.check(sys.argv[1:], flags.defaults(main)))
+    cli.run(main)

@@ -38,8 +38,11 @@ MAY_IMPORT = {
 MAY_IMPORT["generation"] = set(MAY_IMPORT)
 MAY_IMPORT["__init__"] = {"generation", "model", "prompts", "tokenizer"}
 MAY_IMPORT["convert"] = set(MAY_IMPORT) - {"generation", "__init__"}
+MAY_IMPORT["cli"] = {"parallel", "request"}
+MAY_IMPORT["terminal"] = {"parallel"}
+MAY_IMPORT["chat"] = {"cli", "generation", "parallel", "prompts", "terminal"}
 
-CORE = set(FILES) - {"__init__", "convert"}
+CORE = set(FILES) - {"__init__", "chat", "cli", "convert", "terminal"}
 ONLY_PARALLEL = ("fairscale", "torch.distributed")
 NO_TORCH = ("files", "tokenizer", "prompts", "stopping")
 FILES_AND_TEXT = ("os", "io", "json", "pathlib", "pickle", "sentencepiece", "safetensors")

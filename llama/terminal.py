@@ -38,7 +38,7 @@ class Terminal:
             readline.parse_and_bind("set enable-bracketed-paste on")
         if self.shared:
             self.before = termios.tcgetattr(sys.stdin)
-            self.set_keys(termios.ISIG)
+            self.set_keys()
             if readline is not None:  # typed: empty the line, put ^C there, accept it
                 readline.parse_and_bind(r'"\C-c": "\C-e\C-u\C-v\C-c\C-m"')
         return self
@@ -47,10 +47,15 @@ class Terminal:
         if self.shared:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self.before)
 
-    def set_keys(self, off: int) -> None:
-        """Let the terminal work as before, but for the local flags in `off`."""
+    def set_keys(self, off: int = 0) -> None:
+        """Let the terminal work as before, but with ^C as any other character, and without the local flags in `off`.
+
+        readline would set the flag for signals again; which key is the signal's it leaves alone.
+        """
         changed = [*self.before]
         changed[3] &= ~off
+        changed[6] = [*changed[6]]
+        changed[6][termios.VINTR] = b"\0"
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
 
     def read(self, prompt: str) -> str | None:
@@ -82,11 +87,11 @@ class Terminal:
         if not self.shared:
             yield
             return
-        self.set_keys(termios.ISIG | termios.ICANON | termios.ECHO)
+        self.set_keys(termios.ICANON | termios.ECHO)
         try:
             yield
         finally:
-            self.set_keys(termios.ISIG)
+            self.set_keys()
 
     def cut(self) -> bool:
         """Whether Ctrl-C came as a character since the last time."""

@@ -18,8 +18,6 @@ from llama.parallel import broadcast_object, world
 from llama.prompts import UNSAFE_ERROR, Message, encode_dialog, find_special_tag
 from llama.terminal import Terminal
 
-LEAVING = "Ctrl-D or /exit leaves"
-
 
 class Conversation:
     """What was said so far, and how the model is to go on. Its cache keeps what one turn shares with the next."""
@@ -37,9 +35,9 @@ class Conversation:
         weight = self.llama.model.norm.weight
         about = f"{self.name}, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
         if world()[0] == 0:
-            print(f"llama: {about}. /help lists commands, Ctrl-C cuts an answer, {LEAVING}.", file=sys.stderr)
+            print(f"llama: {about}. Ctrl-C cuts an answer, Ctrl-D leaves, /help tells more.", file=sys.stderr)
 
-        with Terminal(LEAVING) as self.terminal:
+        with Terminal() as self.terminal:
             for question in questions:
                 show(f"\n> User: {question}")
                 self.turn(question)
@@ -77,7 +75,7 @@ class Conversation:
         """/help: these lines."""
         methods = [getattr(type(self), name) for name in vars(type(self)) if name.startswith("on_")]
         show("\n".join(inspect.getdoc(method) for method in methods))
-        show(f"Ctrl-C cuts an answer; at the prompt, twice leaves. {LEAVING}. Several pasted lines are one question.")
+        show("Ctrl-C cuts an answer; twice at the prompt, it leaves. A paste of several lines is one question.")
 
     def on_system(self, rest: str) -> None:
         """/system TEXT: how the model is to answer from now on; without TEXT, as it likes."""
@@ -112,7 +110,7 @@ class Conversation:
             show(f"(Not written: {error.strerror or error}.)" if rest else "(Say where: /save FILE.)")
 
     def on_exit(self, rest: str) -> None:
-        """/exit: leave."""
+        """/exit: leave, as does Ctrl-D."""
         self.going = False
 
     # --- questions -----------------------------------------------------------------------------------------------

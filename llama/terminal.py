@@ -26,8 +26,7 @@ CTRL_C = "\x03"
 class Terminal:
     """The terminal of the first rank, or whatever its standard input is; other ranks have none."""
 
-    def __init__(self, leaving: str):
-        self.leaving = leaving
+    def __init__(self):
         first, several = world()[0] == 0, world()[1] > 1
         self.is_terminal = first and sys.stdin.isatty()
         self.shared = several and self.is_terminal and termios is not None
@@ -79,7 +78,7 @@ class Terminal:
             if cut_before:
                 return None
             cut_before = True
-            print(f"(Ctrl-C again, {self.leaving}.)", file=sys.stdout)
+            print("(Ctrl-C again leaves, as do Ctrl-D and /exit.)", file=sys.stdout)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

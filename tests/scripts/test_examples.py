@@ -381,7 +381,7 @@ def test_ctrl_c_cuts_an_answer_short_and_the_conversation_goes_on(folder, raw_sp
             assert rest.count("Anna") < 1000
         program.wait_until_it_reads()
         program.process.send_signal(signal.SIGINT)
-        assert program.wait_for(PROMPT) == f"\n(Ctrl-C again, Ctrl-D or /exit leaves.)\n{PROMPT}"
+        assert program.wait_for(PROMPT) == f"\n(Ctrl-C again leaves, as do Ctrl-D and /exit.)\n{PROMPT}"
         program.type("Are you there?")
         program.wait_for(ANSWER + "Anna said")
         program.process.send_signal(signal.SIGINT)

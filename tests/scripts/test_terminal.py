@@ -151,7 +151,7 @@ def test_a_paste_of_several_lines_is_one_question(folder, tmp_path):
 def test_it_says_what_it_is_and_how_to_leave(folder):
     with Person(folder, *SHORT, "--quantize", "int8") as person:
         words = person.wait_for(PROMPT)
-        assert all(word in words for word in ("tiny-chat", "int8", "/help", "Ctrl-C", "Ctrl-D", "/exit"))
+        assert all(word in words for word in ("tiny-chat", "int8", "on cpu", "/help", "Ctrl-C", "Ctrl-D"))
         for command in ("/system", "/reset", "/retry", "/save", "/exit"):
             assert command in person.ask("/help")
         person.press("/exit", ENTER)

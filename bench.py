@@ -29,22 +29,19 @@ import json
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 
-import fire
 import torch
 import torch.distributed as dist
 
-import flags
 from benchmarks import queued
 from benchmarks.clock import Clocked, seconds, spread
 from benchmarks.ours import EOS, Elsewhere, Ours, make_model
 from benchmarks.peers import TransformersQueue, check_peers, peer_engines
-from llama import Transformer, kernels, parallel
+from llama import Transformer, cli, kernels, parallel
 from llama.device import dtype_name
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
@@ -419,5 +416,4 @@ def summary(model: Transformer, engines: Iterable, name: str) -> dict:
 
 
 if __name__ == "__main__":
-    sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    fire.Fire(main, command=flags.check(sys.argv[1:], flags.defaults(main)))
+    cli.run(main)

@@ -1,19 +1,17 @@
 """Answer a few dialogs with a chat model, or talk to it; without arguments, with the demo checkpoint in demo/.
 
 python example_chat_completion.py
+python example_chat_completion.py "What is the capital of France?"
 python example_chat_completion.py --interactive
 torchrun --standalone --nproc_per_node 2 example_chat_completion.py --ckpt_dir llama-2-13b-chat/
 """
 
 from pathlib import Path
 
-import flags
-from llama import Dialog, Llama
-from llama.parallel import broadcast_object, world
-from llama.prompts import UNSAFE_ERROR, encode_dialog, find_special_tag
+from llama import cli
 
 DEMO = str(Path(__file__).parent / "demo")
-DIALOGS: list[Dialog] = [
+DIALOGS = [
     [{"role": "user", "content": "What is the capital of France?"}],
     [
         {"role": "user", "content": "What sound does a cow make?"},
@@ -37,131 +35,112 @@ DIALOGS: list[Dialog] = [
 
 
 def main(
+    *questions: str,
     ckpt_dir: str = DEMO,
     tokenizer_path: str | None = None,
+    lora: str | None = None,
     temperature: float = 0.6,
     top_p: float = 0.9,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
     max_seq_len: int = 512,
     max_gen_len: int | None = None,
     max_batch_size: int = 8,
+    stop: list[str] | None = None,
+    n: int = 1,
     device: str | None = None,
     dtype: str | None = None,
     quantize: str | None = None,
+    compile: str | None = None,
     seed: int = 1,
     stream: bool = False,
     interactive: bool = False,
     system: str | None = None,
 ):
-    """Print the answers to six dialogs, or hold a conversation.
+    """Answer questions, or hold a conversation in the terminal.
 
     Args:
-        ckpt_dir: folder with consolidated.NN.pth and params.json of a chat model.
+        questions: what to ask, each in quotes and answered by itself; six sample dialogs if there are none.
+        ckpt_dir: folder with consolidated.NN.pth and params.json, or in the Hugging Face layout; demo/ if not given.
         tokenizer_path: the tokenizer.model; found in ckpt_dir or one level up if not given.
+        lora: folder of an adapter, in PEFT's layout, to merge into the weights.
         temperature: 0 takes the likeliest token each time; higher values choose more freely.
         top_p: sample from the likeliest tokens that together have this probability.
+        top_k: sample from that many of the likeliest tokens.
+        min_p: drop tokens with less than this share of the likeliest token's probability.
+        presence_penalty: subtract this from the logit of each token that has been generated already.
+        frequency_penalty: subtract this for each time that a token has been generated.
         max_seq_len: tokens of a whole dialog with its answer, at most.
         max_gen_len: tokens of an answer, at most; to the end of max_seq_len if not given.
         max_batch_size: dialogs to work on at once.
+        stop: a text that ends an answer; give the flag once for each such text.
+        n: answers to each dialog; torchrun takes this flag for its own unless -- precedes the script.
         device: cuda, mps or cpu; the best of them if not given.
         dtype: float32, bfloat16 or float16; the checkpoint's where the device computes it if not given.
         quantize: int8 or int4, to keep the weights in that many bits.
+        compile: default or cudagraph, to let torch compile the steps; the first tokens then take a minute or more.
         seed: the same seed gives the same answers.
-        stream: print each answer as it is made, one dialog after the other.
-        interactive: talk in the terminal. Ctrl-C cuts an answer short, Ctrl-D ends.
-        system: in a conversation, how the model is to answer.
+        stream: print each answer while it is made.
+        interactive: talk in the terminal, after the questions if there are some; /help there lists the commands.
+        system: how the model is to answer, for a conversation or for questions typed.
     """
-    rows = 1 if interactive or stream else max_batch_size
-    options = {"device": device, "dtype": dtype, "quantize": quantize}
-    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, rows, seed=seed, **options)
-    sampling = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+    cuts = {"top_p": top_p, "top_k": top_k, "min_p": min_p}
+    penalties = {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty}
+    options = cli.chosen(temperature=temperature, **cuts, **penalties, max_gen_len=max_gen_len, stop=stop, n=n)
+    if system is not None and not (questions or interactive):
+        cli.wrong("--system is for a question or a conversation: type a question, or add --interactive.")
+    if interactive and n > 1:
+        cli.wrong("--n is for questions: a conversation goes on from one answer.")
+
+    from llama import Llama
+
+    how = {"device": device, "dtype": dtype, "quantize": quantize, "lora": lora, "compile": compile}
+    rows = 1 if interactive else max_batch_size
+    llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, rows, seed=seed, **how)
+    cli.announce_compiling(compile)
     if interactive:
-        converse(llama, system, sampling)
-    elif stream:
-        for dialog in DIALOGS:
-            show_dialog(dialog)
-            if find_special_tag(dialog):
-                show(f"> Assistant: {UNSAFE_ERROR}")
-            else:
-                answer(llama, dialog, sampling)
-            show("\n==================================\n")
+        parts = [Path(ckpt_dir).resolve().name, lora and f"adapter {Path(lora).name}", quantize]
+        talk(llama, ", ".join(filter(None, parts)), system, options, questions)
     else:
-        for dialog, result in zip(DIALOGS, llama.chat_completion(DIALOGS, **sampling), strict=True):
-            show_dialog(dialog)
-            show(f"> Assistant: {result['generation']['content']}")
-            show("\n==================================\n")
+        answer(llama, questions, system, options, live=stream)
 
 
-def converse(llama: Llama, system: str | None, sampling: dict) -> None:
-    """Read, answer and remember until the input ends; the cache keeps what the dialogs share."""
-    beginning: list = [] if system is None else [{"role": "system", "content": system}]
-    exchanges: list = []
-    while (line := read_line(llama)) is not None:
-        question = {"role": "user", "content": line}
-        if not line.strip():
-            continue
-        if tag := find_special_tag([question]):
-            show(f"{UNSAFE_ERROR} ({tag[1]})")
-            continue
-        kept = trim(llama, beginning, exchanges, question, sampling["max_gen_len"])
-        if kept is None:
-            show(f"(That is too long for max_seq_len {llama.model.params.max_seq_len}; nothing was sent.)")
-            continue
-        if len(kept) < len(exchanges):
-            count = (len(exchanges) - len(kept)) // 2
-            show(
-                f"(The context is full: forgot the {f'{count} oldest exchanges' if count > 1 else 'oldest exchange'}.)"
-            )
-        text = answer(llama, [*beginning, *kept, question], sampling)
-        exchanges = [*kept, question, {"role": "assistant", "content": text}]
+def talk(llama, name: str, system: str | None, options: dict, questions: tuple[str, ...]) -> None:
+    from llama.chat import Conversation
+
+    Conversation(llama, name, system, options).hold(questions)
 
 
-def read_line(llama: Llama) -> str | None:
-    """The next line from the first rank's terminal, on all ranks; None at the end of input (Ctrl-D)."""
-    line = None
-    if world()[0] == 0:
-        try:
-            line = input("\n> User: ")
-        except EOFError:
-            print()
-        except KeyboardInterrupt:
-            line = ""
-    return broadcast_object(line, llama.device)
+def answer(llama, questions: tuple[str, ...], system: str | None, options: dict, live: bool) -> None:
+    """Print each question, or each sample dialog if there is none, with its answers."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    dialogs = [[*first, {"role": "user", "content": question}] for question in questions] or DIALOGS
+    headings = [shown(dialog) + "> Assistant: " for dialog in dialogs for _ in range(options["n"])]
+    cli.show_rows(stream_chat(llama, dialogs, **options), headings.__getitem__, live)
 
 
-def trim(llama: Llama, beginning: list, exchanges: list, question: dict, max_gen_len: int | None) -> list | None:
-    """The latest exchanges that leave room for an answer, None if the question alone does not."""
-    limit = llama.model.params.max_seq_len
-    room = limit - min(max_gen_len or limit // 4, limit // 2)
-    for first in range(0, len(exchanges) + 1, 2):
-        if len(encode_dialog(llama.tokenizer, [*beginning, *exchanges[first:], question])) <= room:
-            return exchanges[first:]
-    return None
+def shown(dialog: list[dict[str, str]]) -> str:
+    return "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in dialog)
 
 
-def answer(llama: Llama, dialog: Dialog, sampling: dict) -> str:
-    """Stream the answer to the terminal and return it; Ctrl-C keeps what has come so far."""
-    text = ""
-    show("> Assistant: ", end="")
-    try:
-        for piece in llama.stream([encode_dialog(llama.tokenizer, dialog)], **sampling):
-            text += piece.text
-            show(piece.text, end="")
-    except KeyboardInterrupt:
-        show(" (interrupted)", end="")
-    show("")
-    return text
+def stream_chat(llama, dialogs: list, n: int = 1, **options):
+    """The pieces of `llama.stream` for the answers to some dialogs; a refused one has one piece, which says so."""
+    from llama.generation import UNSAFE_ERROR, Piece
+    from llama.prompts import encode_dialog, find_special_tag
 
+    refused = [row for row, dialog in enumerate(dialogs) if find_special_tag(dialog)]
+    for row in refused:
+        for completion in range(row * n, row * n + n):
+            yield Piece(completion, [], UNSAFE_ERROR, None, "refused")
 
-def show_dialog(dialog: Dialog) -> None:
-    for message in dialog:
-        show(f"{message['role'].capitalize()}: {message['content']}\n")
-
-
-def show(text: str, end: str = "\n") -> None:
-    """Print on the first rank only."""
-    if world()[0] == 0:
-        print(text, end=end, flush=True)
+    accepted = [row for row in range(len(dialogs)) if row not in refused]
+    prompt_tokens = [encode_dialog(llama.tokenizer, dialogs[row]) for row in accepted]
+    for piece in llama.stream(prompt_tokens, n=n, **options):
+        row, completion = divmod(piece.row, n)
+        yield piece._replace(row=accepted[row] * n + completion)
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    cli.run(main)

@@ -2,10 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +12,6 @@ from llama.tokenizer import Tokenizer
 from support.checkpoints import write_checkpoint
 from support.models import BASE_PARAMS, build_model, random_weights
 
-ROOT = Path(__file__).parent.parent
 MID, EOT = 4, 6
 BOS, EOS = 1, 2
 CONTEXT = 48
@@ -150,34 +145,3 @@ def test_a_checkpoint_with_the_larger_vocabulary_opens_and_fills_in(tmp_path, co
     assert llama.model.params.rope_theta == 1e6 and llama.model.vocab_size == 480
     (result,) = llama.text_infilling(["Where is "], ["?"], seed=1, max_gen_len=8)
     assert result["full_text"] == "Where is " + result["generation"] + "?"
-
-
-# --- the example -------------------------------------------------------------------------------------------------
-
-
-def run_example(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "latin-1"}
-    command = [sys.executable, str(ROOT / "example_infilling.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, encoding="latin-1")
-
-
-def test_the_example_says_what_it_needs():
-    result = run_example()
-    assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.count("\n") == 1 and "--ckpt_dir" in result.stderr and "Code Llama 7B or 13B" in result.stderr
-
-
-def test_the_example_fills_its_holes(tmp_path, code_path):
-    params = BASE_PARAMS | {"vocab_size": 480}
-    write_checkpoint(tmp_path, params, random_weights(params, seed=3), code_path)
-    result = run_example("--ckpt_dir", str(tmp_path), "--max_gen_len", "5", "--suffix_first")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("def ") == result.stdout.count(">>>") == result.stdout.count("\n====") == 2
-
-
-def test_the_example_refuses_a_model_for_text(tmp_path, tokenizer_path):
-    params = BASE_PARAMS | {"vocab_size": 480}
-    write_checkpoint(tmp_path, params, random_weights(params), tokenizer_path)
-    result = run_example("--ckpt_dir", str(tmp_path))
-    assert result.returncode == 1 and "lacks the pieces for infilling" in result.stderr
-    assert "Traceback" not in result.stderr

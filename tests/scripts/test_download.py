@@ -382,6 +382,23 @@ def test_a_wrong_byte_in_the_checklist_heals(box, server):
     assert tree(box.target) == expected("llama-2-7b")
 
 
+def test_a_file_has_no_name_before_its_checksum_was_compared(tmp_path, server):
+    """A run that is killed while it compares would leave a wrong file under the right name."""
+    path = only(tmp_path / "bin", "curl", "md5sum")
+    fake(
+        path,
+        "md5sum",
+        f'{shutil.which("readlink")} /proc/self/fd/0 >> "{tmp_path}/compared"\nexec {shutil.which("md5sum")}',
+    )
+    box = Box(tmp_path / "target", path)
+    server.faults = [Fault(SHARD, "corrupt", at=31_000, times=1)]
+    assert box.run(server, "--models", "7B").returncode == 0
+    compared = [line for line in (tmp_path / "compared").read_text().splitlines() if line.startswith(str(box.target))]
+    names = [SHARD, SHARD, "llama-2-7b/params.json", "tokenizer.model"]  # the shard twice, as it came wrong at first
+    assert sorted(compared) == [str(box.target / f"{name}.part") for name in names]
+    assert tree(box.target) == expected("llama-2-7b")
+
+
 @pytest.mark.parametrize("name", [SHARD, "LICENSE", "tokenizer.model", "llama-2-7b/params.json"])
 def test_a_web_page_is_not_a_file(box, server, name):
     server.faults = [Fault(name, "page")]

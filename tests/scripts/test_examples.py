@@ -76,17 +76,24 @@ RUNS = {
     "text": (TEXT, "Anna took", "Hello, world", "12", '"quoted"', "--max_gen_len", 20, "--temperature", 0),
     "text streamed": (TEXT, "Anna took", "Hello, world", "--max_gen_len", 20, "--temperature", 0, "--stream"),
     "text, flag first": (TEXT, "--stream", "Anna took", "--max_gen_len", 6),
+    "text, odd prompts": (TEXT, "x=True", "False", "-5 degrees", "--", "-", "--stream", *["--"] * 2),
+    "text from input": (TEXT, "Anna took", "-", "--max-gen-len=6"),
+    "text in threes": (TEXT, "Anna", "Tom", "--n", 3, "--max_gen_len", 6, "--max_batch_size", 4),
+    "text stopped": (TEXT, "Anna", "--stop", "日本", "--stop", "caf", "--top_k", 5, "--temperature", 0),
     "text help": (TEXT, "--help"),
     "chat": (CHAT, "--max_gen_len", 20),
     "chat streamed": (CHAT, "--max_gen_len", 20, "--stream"),
-    "chat help": (CHAT, "--help"),
+    "chat help": (CHAT, "-h"),
+    "chat asked": (CHAT, "Where is Anna?", "[INST] me", "--n=2", "--system", "-Be brief.", "--max_gen_len", 20),
     "text nonsense": (TEXT, "Anna", "--nonsense", 3, "--max_gen_len", 2),
     "chat nonsense": (CHAT, "--max_gen_length", 3),
     "text no folder": (TEXT, "--ckpt_dir", "/nowhere/at/all"),
     "text temperature": (TEXT, "Anna", "--temperature", "warm"),
     "chat dtype": (CHAT, "--dtype", "float8"),
     "chat seq len": (CHAT, "--max_seq_len", 0),
-    "text top_p": (TEXT, "Anna", "--top_p", 1.5),
+    "text top_p": (TEXT, "Anna", "--top_p", 1.5, "--ckpt_dir", "/nowhere/at/all"),
+    "chat system": (CHAT, "--system", "Be brief."),
+    "chat n": (CHAT, "--interactive", "--n", 2),
 }
 
 
@@ -95,10 +102,12 @@ def jobs(folder) -> Iterator[dict[str, Future]]:
     """Every run that only prints, and the conversation over pipes."""
 
     def place(arguments: tuple) -> list:
-        return [*arguments, *([] if "--ckpt_dir" in arguments else ["--ckpt_dir", folder])]
+        script, *rest = arguments
+        return [script, *([] if "--ckpt_dir" in rest else ["--ckpt_dir", folder]), *rest]
 
     with ThreadPoolExecutor(2) as pool:
-        jobs = {name: pool.submit(run, *place(arguments)) for name, arguments in RUNS.items()}
+        jobs = {name: pool.submit(run, *place(arguments)) for name, arguments in RUNS.items() if "input" not in name}
+        jobs["text from input"] = pool.submit(run, *place(RUNS["text from input"]), stdin="Привет,\nмир\n".encode())
         jobs["text latin-1"] = pool.submit(run, *place(RUNS["text"]), PYTHONIOENCODING="latin-1")
         jobs["chat C"] = pool.submit(run, *place(RUNS["chat"]), LC_ALL="C")
         jobs["chat ascii"] = pool.submit(run, *place(RUNS["chat"]), LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
@@ -147,6 +156,27 @@ def test_a_switch_before_a_text_does_not_swallow_it(jobs):
     assert len(out) == 1 and out[0].startswith("Anna took")
 
 
+def test_texts_that_look_like_flags_stay_texts(jobs):
+    """ "x=True" followed by "False" became "x=False", and "-5 degrees" was complained of after everything had run."""
+    prompts = [text.split("Anna said")[0] for text in completions(printed(jobs, "text, odd prompts"))]
+    assert prompts == ["x=True", "False", "-5 degrees", "-", "--stream", "--", "--"]
+
+
+def test_a_dash_is_standard_input(jobs, said):
+    """A lone dash was taken for fire's separator: the examples ran instead."""
+    assert completions(printed(jobs, "text from input")) == [f"Anna took{said(6)}", f"Привет,\nмир{said(6)}"]
+
+
+def test_several_continuations_of_each_prompt(jobs):
+    out = completions(printed(jobs, "text in threes"))
+    assert len(out) == 6
+    assert all(text.startswith("Anna") for text in out[:3]) and all(text.startswith("Tom") for text in out[3:])
+
+
+def test_stop_is_given_once_for_each_text(jobs):
+    assert completions(printed(jobs, "text stopped")) == ["Anna said, "]
+
+
 # --- chat --------------------------------------------------------------------------------------------------------
 
 
@@ -164,19 +194,29 @@ def test_streamed_answers_are_the_same(jobs):
     assert completions(printed(jobs, "chat streamed")) == completions(printed(jobs, "chat"))
 
 
+def test_questions_are_answered(jobs, said):
+    """A question typed after the script was taken for the folder of the weights."""
+    *answered, refused, refused_too = completions(printed(jobs, "chat asked"))
+    assert answered == [f"System: -Be brief.\n\nUser: Where is Anna?\n\n> Assistant: {said(20)}"] * 2
+    assert refused == refused_too and "special tags are not allowed" in refused
+
+
 # --- help, wrong arguments, consoles -----------------------------------------------------------------------------
 
 
 FLAGS = ["ckpt_dir", "tokenizer_path", "temperature", "top_p", "max_seq_len", "max_gen_len", "max_batch_size"]
-FLAGS += ["device", "dtype", "seed", "stream"]
+FLAGS += ["device", "dtype", "seed", "stream", "lora", "top_k", "min_p", "presence_penalty", "frequency_penalty"]
+FLAGS += ["stop", "n", "compile", "quantize"]
 
 
 @pytest.mark.parametrize("name", ["text help", "chat help"])
 def test_help_describes_every_flag(jobs, name):
-    out = printed(jobs, name) + jobs[name].result().stderr.decode()
+    """It went to standard error, through a pager, among fire's own groups and types."""
+    out = printed(jobs, name)
+    assert jobs[name].result().stderr == b""
     for flag in [*FLAGS, *["interactive"] * (name == "chat help")]:
         assert f"--{flag}" in out
-    assert "tokens" in out and "Default: 0.6" in out
+    assert "tokens" in out and "Default: 0.6" in out and "Optional" not in out
 
 
 @pytest.mark.parametrize(
@@ -189,6 +229,8 @@ def test_help_describes_every_flag(jobs, name):
         ("chat dtype", ["float8", "bfloat16"]),
         ("chat seq len", ["max_seq_len", "positive"]),
         ("text top_p", ["top_p", "1.5"]),
+        ("chat system", ["--system", "--interactive"]),
+        ("chat n", ["--n", "conversation"]),
     ],
 )
 def test_a_wrong_argument_ends_in_one_line(jobs, name, words):
@@ -219,10 +261,10 @@ PROMPT, ANSWER = "\n> User: ", "> Assistant: "
 
 
 def replies(out: str) -> list[str]:
-    """What follows each prompt for a line, up to the next prompt."""
+    """What follows each line that was read, which is shown as it would be in a terminal, up to the next prompt."""
     before, *after = out.split(PROMPT)
     assert before == ""
-    return [reply.strip("\n") for reply in after]
+    return [reply.partition("\n")[2].strip("\n") for reply in after]
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +299,12 @@ def test_a_conversation_over_a_pipe(conversation, said):
     assert "too long" in conversation[6] and "max_seq_len 100" in conversation[6] and ANSWER not in conversation[6]
     assert all(reply.endswith(answer) for reply in conversation[7:10])
     assert conversation[10] == "", "the end of input ends it, after an empty line"
+
+
+def test_lines_from_a_pipe_are_shown(folder):
+    done = run(CHAT, *TALK, "--ckpt_dir", folder, "First?", stdin=b"Where is Anna?\n")
+    assert done.stdout.decode().startswith(f"{PROMPT}First?\n{ANSWER}")
+    assert f"{PROMPT}Where is Anna?\n{ANSWER}" in done.stdout.decode()
 
 
 def test_a_full_context_forgets_the_oldest_exchanges_and_says_so(conversation):
@@ -333,7 +381,7 @@ def test_ctrl_c_cuts_an_answer_short_and_the_conversation_goes_on(folder, raw_sp
             assert rest.count("Anna") < 1000
         program.wait_until_it_reads()
         program.process.send_signal(signal.SIGINT)
-        assert program.wait_for(PROMPT) == PROMPT, "between answers it only asks again"
+        assert program.wait_for(PROMPT) == f"\n(Ctrl-C again leaves, as do Ctrl-D and /exit.)\n{PROMPT}"
         program.type("Are you there?")
         program.wait_for(ANSWER + "Anna said")
         program.process.send_signal(signal.SIGINT)
@@ -344,6 +392,40 @@ def test_ctrl_c_cuts_an_answer_short_and_the_conversation_goes_on(folder, raw_sp
         program.close()
 
 
+def test_ctrl_c_shows_the_rows_that_have_ended(folder, chain, raw_sp):
+    """The second prompt leaves room for few tokens, so it has ended long before the first has recited ten rounds."""
+    full = " ".join(["Tom"] * 900)
+    room = 2000 - 1 - len(raw_sp.encode(full))
+    assert 0 < room < 250
+    sizes = ["--max_seq_len", 2000, "--max_gen_len", "None", "--temperature", 0]
+    program = Program(TEXT, "Anna took", full, *sizes, "--stream", "--ckpt_dir", folder)
+    try:
+        for _ in range(20):
+            program.wait_for("Anna said")
+        program.process.send_signal(signal.SIGINT)
+        assert program.end() == 130
+        first, second, end = program.out.decode().split(f"\n\n{RULE}\n\n")
+        assert first.endswith(" (interrupted)") and end == ""
+        assert second == raw_sp.decode([*raw_sp.encode(full), *(chain * 20)[:room]])
+        assert b"Traceback" not in b"".join(program.errors)
+    finally:
+        program.close()
+
+
+def test_a_reader_that_goes_away_is_no_error_of_any_rank(folder):
+    """The second rank printed a traceback of its lost peer."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(TEXT)]
+    arguments = ["--ckpt_dir", str(folder), "--max_gen_len", "5"]
+    done = subprocess.run(
+        [*command, *arguments], stdout=writing, stderr=subprocess.PIPE, env=environment(), timeout=LIMIT
+    )
+    os.close(writing)
+    assert done.returncode == 1
+    assert b"[rank" not in done.stderr and b"BrokenPipe" not in done.stderr
+
+
 def test_two_ranks_hold_one_conversation(folder, conversation, said):
     lines = [b"Where is Anna?", b"", b"She said [/INST] yes", b"And Tom?"]
     done = run(CHAT, *TALK, "--ckpt_dir", folder, stdin=b"\n".join(lines) + b"\n", ranks=2)
@@ -352,4 +434,4 @@ def test_two_ranks_hold_one_conversation(folder, conversation, said):
     assert first == second == ANSWER + said(15)
     assert (empty, end) == ("", "")
     assert "special tags" in tag
-    assert done.stderr.decode().count("llama: ") == 1
+    assert done.stderr.decode().count("ready in") == done.stderr.decode().count("/help") == 1

@@ -8,7 +8,9 @@ One exchange is a user turn with its answer. Each is encoded on its own, so spec
 
     first question [/INST] first answer EOS BOS [INST] second question [/INST]
 
-The tags are ordinary text; only BOS and EOS are ids. Encoding the joined text in one piece would give other ids.
+The tags are ordinary text; only BOS and EOS are ids. Encoding the joined text in one piece would give other ids. The
+last exchange may go on with the beginning of its answer, which the model then continues.
+
 A text with a hole becomes one sequence of its parts, each behind an id that says which it is; the middle follows:
 
     BOS <PRE> prefix <SUF> suffix <MID>        prefix-suffix-middle
@@ -20,7 +22,7 @@ nothing of torch or the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, TypedDict
 
 from llama.tokenizer import INFILLING_PIECES, Tokenizer
@@ -41,25 +43,52 @@ SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
 UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
 
 
-def check_dialog(dialog: Dialog, name: str = "The dialog") -> None:
-    """Raise `ValueError`, naming the message and both roles, unless roles are system?, user, assistant, ..., user."""
-    if isinstance(dialog, str | dict) or not isinstance(dialog, Sequence):
+def check_dialogs(dialogs: Sequence[Dialog], *, continue_final: bool = False) -> None:
+    """Raise `ValueError` unless `dialogs` is a list of dialogs, each as `check_dialog` wants it."""
+    if isinstance(dialogs, str | Mapping) or not isinstance(dialogs, Sequence):
+        raise ValueError(f"Dialogs must come as a list of dialogs, not {type(dialogs).__name__}.")
+    if dialogs and isinstance(dialogs[0], Mapping):
+        raise ValueError("Dialogs must come as a list of dialogs, not as one list of messages; write [dialog].")
+
+    for index, dialog in enumerate(dialogs):
+        check_dialog(dialog, f"Dialog {index}", continue_final=continue_final)
+
+
+def check_dialog(dialog: Dialog, name: str = "The dialog", *, continue_final: bool = False) -> None:
+    """Raise `ValueError`, naming the message and both roles, unless roles are system?, user, assistant, ..., user.
+
+    With `continue_final` the last role is the assistant's.
+    """
+    if isinstance(dialog, str | Mapping) or not isinstance(dialog, Sequence):
         raise ValueError(f"{name} must be a list of messages, not {type(dialog).__name__}.")
     if not dialog:
         raise ValueError(f"{name} is empty; it must hold at least one user message.")
     for index, message in enumerate(dialog):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{name}, message {index}: expected {{'role': ..., 'content': ...}}, got {message!r}.")
-        if not isinstance(message["content"], str):
-            kind = type(message["content"]).__name__
-            raise ValueError(f"{name}, message {index}: content must be a string, not {kind}.")
+        check_message(message, f"{name}, message {index}")
+
+    # After the system's message, if there is one, user and assistant take turns.
     first_user = 1 if dialog[0]["role"] == "system" else 0
     for index in range(first_user, len(dialog)):
         expected = "assistant" if (index - first_user) % 2 else "user"
-        if dialog[index]["role"] != expected:
-            raise ValueError(f"{name}, message {index}: expected role {expected!r}, got {dialog[index]['role']!r}.")
-    if (last := dialog[-1]["role"]) != "user":
-        raise ValueError(f"{name}, message {len(dialog) - 1}: the last role must be 'user', got {last!r}.")
+        found = dialog[index]["role"]
+        if found != expected:
+            raise ValueError(f"{name}, message {index}: expected role {expected!r}, got {found!r}.")
+
+    wanted = "assistant" if continue_final else "user"
+    last = dialog[-1]["role"]
+    if last != wanted:
+        place = f"{name}, message {len(dialog) - 1}"
+        advice = "; continue_final=True continues its message" if last == "assistant" else ""
+        raise ValueError(f"{place}: the last role must be {wanted!r}, got {last!r}{advice}.")
+
+
+def check_message(message: Message, name: str) -> None:
+    """Raise `ValueError` unless the message is a dictionary with a role and a string as its content."""
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        raise ValueError(f"{name}: expected {{'role': ..., 'content': ...}}, got {message!r}.")
+    content = message["content"]
+    if not isinstance(content, str):
+        raise ValueError(f"{name}: content must be a string, not {type(content).__name__}.")
 
 
 def find_special_tag(dialog: Dialog) -> tuple[int, str] | None:
@@ -67,37 +96,55 @@ def find_special_tag(dialog: Dialog) -> tuple[int, str] | None:
 
     A tag in a message would let its writer end the user's turn or speak as the system.
     """
-    found = ((index, tag) for index, message in enumerate(dialog) for tag in SPECIAL_TAGS if tag in message["content"])
-    return next(found, None)
+    for index, message in enumerate(dialog):
+        for tag in SPECIAL_TAGS:
+            if tag in message["content"]:
+                return index, tag
+    return None
 
 
-def format_dialog(dialog: Dialog) -> list[str]:
+def format_dialog(dialog: Dialog, *, continue_final: bool = False) -> list[str]:
     """The text of each exchange, as it is encoded: all but the last end in the answer and a space.
 
     The system text joins the first question before that is stripped, so both keep the spaces between them:
 
         format_dialog([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi!"}])
         -> ["[INST] <<SYS>>\\nBe brief.\\n<</SYS>>\\n\\nHi! [/INST]"]
+
+    With `continue_final` the last exchange ends in the beginning of its answer, without a space.
     """
-    check_dialog(dialog)
+    check_dialog(dialog, continue_final=continue_final)
     contents = [message["content"] for message in dialog]
     if dialog[0]["role"] == "system":
         contents = [B_SYS + contents[0] + E_SYS + contents[1], *contents[2:]]
-    questions, answers = contents[0::2], contents[1::2]
-    finished = [
-        f"{B_INST} {question.strip()} {E_INST} {answer.strip()} "
-        for question, answer in zip(questions, answers, strict=False)
-    ]
-    return [*finished, f"{B_INST} {questions[-1].strip()} {E_INST}"]
+    questions = [f"{B_INST} {question.strip()} {E_INST}" for question in contents[0::2]]
+    answers = [answer.strip() for answer in contents[1::2]]
+
+    # An empty beginning is no beginning: the space before an answer belongs to its first word.
+    last = questions.pop()
+    beginning = answers.pop() if continue_final else ""
+    if beginning:
+        last = f"{last} {beginning}"
+
+    finished = [f"{question} {answer} " for question, answer in zip(questions, answers, strict=True)]
+    return [*finished, last]
 
 
-def encode_dialog(tokenizer: Tokenizer, dialog: Dialog) -> list[int]:
-    """The prompt of a chat model: every exchange between BOS and EOS, the open one without EOS.
+def encode_dialog(tokenizer: Tokenizer, dialog: Dialog, *, continue_final: bool = False) -> list[int]:
+    """The prompt of a chat model: every exchange between BOS and EOS, the last one without EOS.
+
+    With `continue_final` the dialog's last message is the beginning of an answer, which the model is to continue.
+    Space around it is dropped, as around every answer. The ids are then the first ids of the finished exchange, if
+    one of its tokens ends where the beginning ends. That is so between words; a beginning such as "The kitc" may be
+    written in other tokens than "The kitchen", and the model continues from those.
 
     Raises `ValueError` for roles out of order. Does not look for special tags: `find_special_tag` does.
     """
-    *finished, last = format_dialog(dialog)
-    ids = [id for exchange in finished for id in tokenizer.encode(exchange, bos=True, eos=True)]
+    *finished, last = format_dialog(dialog, continue_final=continue_final)
+
+    ids = []
+    for exchange in finished:
+        ids += tokenizer.encode(exchange, bos=True, eos=True)
     return ids + tokenizer.encode(last, bos=True, eos=False)
 
 
@@ -109,8 +156,10 @@ def encode_infilling(tokenizer: Tokenizer, prefix: str, suffix: str, suffix_firs
     """
     pre, suf, mid = tokenizer.prefix_id, tokenizer.suffix_id, tokenizer.middle_id
     if None in (pre, suf, mid, tokenizer.eot_id):
-        pieces, fitting = ", ".join(INFILLING_PIECES), "Code Llama 7B or 13B, base or Instruct, and its tokenizer"
+        pieces = ", ".join(INFILLING_PIECES)
+        fitting = "Code Llama 7B or 13B, base or Instruct, and its tokenizer"
         raise ValueError(f"This tokenizer lacks the pieces for infilling ({pieces}); use {fitting}.")
+
     before = tokenizer.encode(prefix, bos=False, eos=False)
     after = tokenizer.encode(suffix, bos=False, eos=False, inner=True)
     if suffix_first:

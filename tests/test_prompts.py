@@ -3,6 +3,8 @@
 import struct
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from llama.prompts import (
     B_INST,
@@ -11,6 +13,7 @@ from llama.prompts import (
     E_SYS,
     SPECIAL_TAGS,
     UNSAFE_ERROR,
+    check_dialogs,
     encode_dialog,
     format_dialog,
 )
@@ -202,11 +205,16 @@ def roles(*names: str) -> list[dict]:
         (roles("user", "assistant", "system", "user"), 2, "system", "user"),
         (roles("User"), 0, "User", "user"),
         (roles("system", "user", "bot", "user"), 2, "bot", "assistant"),
+        (roles("assistant", "user"), 0, "assistant", "user"),
+        (roles("assistant", "user", "assistant", "user"), 0, "assistant", "user"),
+        (roles("system", "assistant", "user"), 1, "assistant", "user"),
+        (roles("bot", "user", "assistant", "user"), 0, "bot", "user"),
     ],
 )
-def test_a_wrong_role_is_named_with_its_index_and_the_right_one(tokenizer, given, index, found, wanted):
+@pytest.mark.parametrize("continue_final", [False, True])
+def test_a_wrong_role_is_named_with_its_index_and_the_right_one(tokenizer, given, index, found, wanted, continue_final):
     with pytest.raises(ValueError, match=rf"\b{index}\b") as caught:
-        encode_dialog(tokenizer, given)
+        encode_dialog(tokenizer, given, continue_final=continue_final)
     message = str(caught.value)
     assert repr(found) in message and repr(wanted) in message
     assert "\n" not in message
@@ -218,6 +226,19 @@ def test_a_wrong_role_is_named_with_its_index_and_the_right_one(tokenizer, given
 def test_a_dialog_must_end_with_the_user(tokenizer, given):
     with pytest.raises(ValueError, match="user"):
         encode_dialog(tokenizer, given)
+
+
+@pytest.mark.parametrize("given", [roles("user"), roles("system", "user"), roles("user", "assistant", "user")], ids=len)
+def test_only_an_answer_can_be_continued(tokenizer, given):
+    with pytest.raises(ValueError, match=rf"message {len(given) - 1}: .* 'assistant', got 'user'"):
+        encode_dialog(tokenizer, given, continue_final=True)
+
+
+def test_a_dialog_that_ends_with_an_answer_is_told_how_to_continue_it(tokenizer):
+    with pytest.raises(ValueError, match="continue_final=True"):
+        encode_dialog(tokenizer, roles("user", "assistant"))
+    with pytest.raises(ValueError, match=r"must be 'user', got 'system'\.$"):
+        encode_dialog(tokenizer, roles("system"))
 
 
 @pytest.mark.parametrize("given", [[], ()], ids=["list", "tuple"])
@@ -239,3 +260,94 @@ def test_content_must_be_a_string(tokenizer, content):
 def test_a_message_needs_a_role_and_a_content(tokenizer, message):
     with pytest.raises(ValueError, match=r"\b0\b"):
         encode_dialog(tokenizer, [message])
+
+
+# --- answers that are continued ----------------------------------------------------------------------------------
+
+BEGUN = {
+    "one space before, none after": (dialog("Who?", "Anna has"), ["[INST] Who? [/INST] Anna has"]),
+    "space around the beginning is dropped": (dialog("Who?", " \n Anna  has \n"), ["[INST] Who? [/INST] Anna  has"]),
+    "an earlier exchange is finished": (
+        dialog("one", "1", "two", "2,", system="Count."),
+        ["[INST] <<SYS>>\nCount.\n<</SYS>>\n\none [/INST] 1 ", "[INST] two [/INST] 2,"],
+    ),
+    "nothing begun": (dialog("Who?", ""), ["[INST] Who? [/INST]"]),
+    "nothing but space begun": (dialog("a", "b", "Who?", "  \n"), ["[INST] a [/INST] b ", "[INST] Who? [/INST]"]),
+}
+
+
+@pytest.mark.parametrize("case", BEGUN, ids=str)
+def test_text_of_an_answer_that_is_continued(case, tokenizer, raw_sp):
+    given, texts = BEGUN[case]
+    assert format_dialog(given, continue_final=True) == texts
+    finished = [id for text in texts[:-1] for id in [BOS, *raw_sp.encode(text), EOS]]
+    ids = encode_dialog(tokenizer, given, continue_final=True)
+    assert ids == [*finished, BOS, *raw_sp.encode(texts[-1])]
+
+
+def test_literal_ids_of_an_answer_that_is_continued(plain_tokenizer):
+    question = [1, 270, 269, 261, 259, 100, 271, 269, 261]
+    assert encode_dialog(plain_tokenizer, dialog("a", " b "), continue_final=True) == [*question, 259, 101]
+    assert encode_dialog(plain_tokenizer, dialog("a", ""), continue_final=True) == question
+
+
+PARTS = [*"abcdeor \n.,:", " the ", " red cup", "kitchen", "é", "日", "😀"]
+WORDS = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
+
+
+@given(WORDS)
+@example("Anna took the red cup to the kitchen.")
+@example("  two\n\n spaces  and 1. a list:\n2. ")
+def test_ids_of_a_beginning_are_the_first_of_the_finished_exchange(tokenizer, answer):
+    """Wherever one of the finished exchange's tokens ends: cutting there, and encoding what was cut, changes no id."""
+    exchange = encode_dialog(tokenizer, dialog("Where?", answer, "And?"))
+    exchange = exchange[: exchange.index(EOS)]
+    question = encode_dialog(tokenizer, dialog("Where?"))
+    assert exchange[: len(question)] == question
+    compared = 0
+    for length in range(len(question), len(exchange) + 1):
+        beginning = tokenizer.decode(exchange[:length]).removeprefix("[INST] Where? [/INST]")
+        if "\ufffd" in beginning or beginning != beginning.rstrip():
+            continue  # a cut within a character, or behind a space, which is not sent
+        assert encode_dialog(tokenizer, dialog("Where?", beginning), continue_final=True) == exchange[:length]
+        compared += 1
+    assert compared >= bool(answer.strip())
+
+
+def test_a_beginning_within_a_word_may_have_tokens_of_its_own(tokenizer):
+    """The exception: its text is still what the finished exchange begins with, and the answer goes on from there."""
+    whole = encode_dialog(tokenizer, dialog("Where?", "The kitchen", "And?"))
+    begun = encode_dialog(tokenizer, dialog("Where?", "The kitc"), continue_final=True)
+    assert begun != whole[: len(begun)]
+    assert tokenizer.decode(whole[: whole.index(EOS)]).startswith(tokenizer.decode(begun))
+
+
+# --- lists of dialogs --------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_dialogs_is_accepted():
+    check_dialogs([])
+    check_dialogs([dialog("hi"), tuple(dialog("a", "b", "c", system="s"))])
+    check_dialogs((dialog("hi", "he"),), continue_final=True)
+
+
+def test_a_bare_dialog_in_place_of_a_list_is_told_so():
+    with pytest.raises(ValueError, match=r"list of dialogs, not as one list of messages; write \[dialog\]\.$"):
+        check_dialogs(dialog("hi"))
+
+
+@pytest.mark.parametrize(
+    "given", [None, "hi", {"role": "user", "content": "hi"}, 7, iter([])], ids=lambda given: type(given).__name__
+)
+def test_what_is_no_list_of_dialogs_is_named(given):
+    with pytest.raises(ValueError, match=f"must come as a list of dialogs, not {type(given).__name__}"):
+        check_dialogs(given)
+
+
+def test_a_wrong_dialog_is_named_by_its_place():
+    with pytest.raises(ValueError, match=r"^Dialog 1, message 0: expected role 'user'"):
+        check_dialogs([dialog("hi"), roles("assistant", "user")])
+    with pytest.raises(ValueError, match=r"^Dialog 1 must be a list of messages, not str"):
+        check_dialogs([dialog("hi"), "hi"])
+    with pytest.raises(ValueError, match=r"^Dialog 0, message 0: the last role must be 'assistant'"):
+        check_dialogs([dialog("hi")], continue_final=True)

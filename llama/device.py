@@ -21,6 +21,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BELOW_AMX = "AVX512_CORE_FP16"  # oneDNN's name for the largest instruction set without AMX
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
 TRIAL_SECONDS = 10  # a child's product takes 0.02; a child that takes this long is stuck
 
 
@@ -30,7 +32,7 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
     Raises `ValueError` for a device that is unknown or not here.
     """
     here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [name for name, found in here.items() if found]
+    available = [kind for kind, found in here.items() if found]
     try:
         device = torch.device(available[0] if name is None else name)
     except (RuntimeError, TypeError):
@@ -39,10 +41,14 @@ def choose_device(name: str | torch.device | None = None, index: int = 0) -> tor
         raise ValueError(f"device {str(name)!r} is not available here; available: {', '.join(available)}.")
     if device.type != "cuda":
         return device
-    index = index if device.index is None else device.index
+
+    # Of several GPUs, the one that was named, or the one for this process of the machine.
+    if device.index is not None:
+        index = device.index
     count = torch.cuda.device_count()
     if index >= count:
-        advice = f"start at most {count} process{'es' * (count > 1)} a machine, one for each, or pass device='cpu'"
+        processes = "1 process" if count == 1 else f"{count} processes"
+        advice = f"start at most {processes} a machine, one for each, or pass device='cpu'"
         raise ValueError(f"GPU {index} was asked for, but this machine has {count}; {advice}.")
     return torch.device("cuda", index)
 
@@ -163,8 +169,11 @@ def choose_dtype(requested: str | torch.dtype | None, stored: torch.dtype, devic
         if dtype is None:
             raise ValueError(f"dtype {str(requested)!r} is not supported; use one of {', '.join(DTYPES)}.")
         return dtype
-    candidates = (stored, torch.float16, torch.float32)
-    return next(dtype for dtype in candidates if is_native(dtype, device))
+
+    for dtype in (stored, torch.float16):
+        if is_native(dtype, device):
+            return dtype
+    return torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -177,25 +186,37 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    limits = (system_memory(), container_memory())
+    return min((size for size in limits if size is not None), default=None)
+
+
+def system_memory() -> int | None:
+    """Bytes that the operating system can still give, or all there are where it does not say; None if neither."""
     try:
-        with open("/proc/meminfo") as meminfo:
+        with MEMINFO.open() as meminfo:
             sizes = dict(line.split(":", 1) for line in meminfo)
-        available = int(sizes["MemAvailable"].split()[0]) * 1024
-        return min(available, container_memory() or available)
+        kilobytes = sizes["MemAvailable"].split()[0]
+        return int(kilobytes) * 1024
     except (OSError, KeyError):
-        pass
+        pass  # not Linux
+
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return None
+        return None  # Windows
 
 
 def container_memory() -> int | None:
-    """Bytes left under a container's own limit (cgroup v2), None without one. Cached file pages count as free."""
-    folder = Path("/sys/fs/cgroup")
+    """Bytes left under a container's own limit (cgroup v2), None without one.
+
+    Cached pages of files count as free, as the system drops them when memory is needed.
+    """
     try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["file"]
+        limit = int((CGROUP / "memory.max").read_text())
+        used = int((CGROUP / "memory.current").read_text())
+        lines = (CGROUP / "memory.stat").read_text().splitlines()
+        sizes = dict(line.split() for line in lines)
+        cached = int(sizes["active_file"]) + int(sizes["inactive_file"])
     except (OSError, ValueError, KeyError):  # no such file, or the word "max"
         return None
-    return limit - used + int(cached)
+    return max(limit - used + cached, 0)

@@ -174,3 +174,68 @@ def test_bfloat16_products_work_on_this_machine():
     """On a machine whose AMX traps, the process died here with "Illegal instruction"."""
     done = run("-c", USE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "64.0\n", "")
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+MB = 10**6
+
+
+@pytest.fixture
+def account(tmp_path, monkeypatch):
+    """Linux's account of 8,192,000,000 free bytes, and a container's folder to fill."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       16000000 kB\nMemAvailable:    8000000 kB\n")
+    monkeypatch.setattr(device, "MEMINFO", meminfo)
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+
+    def install(limit: int | str, used: int, cached: int = 0) -> None:
+        sizes = {"anon": 7, "file": cached + 3 * MB, "shmem": 3 * MB, "inactive_file": cached - cached // 4}
+        sizes["active_file"] = cached // 4
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "memory.stat").write_text("".join(f"{name} {size}\n" for name, size in sizes.items()))
+
+    install.folder = tmp_path
+    return install
+
+
+def free_on_processor() -> int | None:
+    return device.free_memory(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "cached", "free"),
+    [
+        (100 * MB, 30 * MB, 0, 70 * MB),
+        (100 * MB, 30 * MB, 20 * MB, 90 * MB),  # pages of files are dropped when needed, those of tmpfs cannot be
+        (100 * MB, 100 * MB, 0, 0),
+        (100 * MB, 101 * MB, 0, 0),  # a limit that was lowered
+        (16_000 * MB, 30 * MB, 0, 8192 * MB),  # more than the machine has left
+        ("max", 30 * MB, 0, 8192 * MB),
+    ],
+)
+def test_free_memory_is_what_the_container_allows(account, limit, used, cached, free):
+    account(limit, used, cached)
+    assert free_on_processor() == free
+
+
+@pytest.mark.parametrize("missing", ["memory.max", "memory.current", "memory.stat"])
+def test_free_memory_without_a_container_is_the_systems(account, missing):
+    account(100 * MB, 30 * MB)
+    (account.folder / missing).unlink()
+    assert free_on_processor() == 8192 * MB
+
+
+def test_free_memory_where_linux_does_not_say(account, monkeypatch):
+    """An old kernel, another system, and one that says nothing at all."""
+    (account.folder / "meminfo").write_text("MemTotal:       16000000 kB\n")
+    pages = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    assert free_on_processor() == 4_096_000
+    (account.folder / "meminfo").unlink()
+    assert free_on_processor() == 4_096_000
+    monkeypatch.delattr(os, "sysconf")
+    assert free_on_processor() is None
+    account(100 * MB, 30 * MB)
+    assert free_on_processor() == 70 * MB

@@ -1,14 +1,15 @@
 """Model parallelism: the process group, and fairscale's layers made to hold one rank's share and nothing else.
 
 With one rank there is no process group, no socket and no collective, and no environment variable is needed. With
-several, each holds a slice of every matrix (Megatron-LM, arXiv:1909.08053, section 3): column-parallel layers cut the
-output features, row-parallel ones the input features and add up their results, the embedding its features.
+several, each rank holds a slice of every matrix (Megatron-LM, arXiv:1909.08053, section 3). A column-parallel layer
+cuts the output features. A row-parallel layer cuts the input features and adds up the ranks' results. The embedding
+cuts its features.
 
 Gradients are right on every rank: while autograd is on, sums and gathers go through fairscale's autograd functions.
 Otherwise the layers call the collectives directly, which costs less and lets torch compile a step without a break.
 
-Only this module imports fairscale and `torch.distributed`, and only this module reads the environment, for what
-`torchrun` says there. It knows nothing of Llama, of weight names or of tokens.
+Only this module imports fairscale and `torch.distributed`. Only this module reads the environment, where `torchrun`
+tells a process its rank. It knows nothing of Llama, of weight names or of tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from fairscale.nn.model_parallel import mappings as fairscale_mappings
 from torch import Tensor, nn
 
-LARGE = 2**17  # numbers of a matrix from which `product` looks for the faster way round
+LARGE = 2**17  # a matrix of at least as many numbers may be multiplied the other way round, see `product`
 MKL = torch.backends.mkl.is_available()
-INIT_STD = 0.02  # of a weight that no checkpoint fills: training begins there
+INIT_STD = 0.02  # standard deviation of a weight that no checkpoint fills, as for training from the beginning
 
 
 def world() -> tuple[int, int]:
@@ -78,9 +79,11 @@ def initialize(model_parallel_size: int | None, backend: str | None, device: tor
     _, count = world()
     ranks = count if model_parallel_size is None else model_parallel_size
     if ranks < 1 or count % ranks:
-        job = f"this job has {count} process{'es' * (count > 1)}"
+        job = "this job has 1 process" if count == 1 else f"this job has {count} processes"
         start = f"start it with `torchrun --standalone --nproc_per_node {max(ranks, 1)} ...`"
         raise ValueError(f"model_parallel_size is {ranks}, but {job}; {start}, or leave the argument out.")
+
+    # Groups are formed once; a model alone needs none.
     if fairscale_state.model_parallel_is_initialized():
         if size() != ranks:
             raise ValueError(f"This process already shares models over {size()} ranks; it cannot now use {ranks}.")
@@ -89,38 +92,43 @@ def initialize(model_parallel_size: int | None, backend: str | None, device: tor
         return
     if backend is None:
         raise ValueError(f"Collectives do not work on {device.type}; use one process there, or device='cpu'.")
+
+    # All ranks of the job meet, unless the caller has seen to that.
     if not dist.is_initialized():
         store, number, count = next(dist.rendezvous("env://"))
         device_id = device if device.index is not None else None
         dist.init_process_group(backend, store=store, rank=number, world_size=count, device_id=device_id)
         atexit.register(close)
         end_job_on_error(store)
+
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines
         fairscale_state.initialize_model_parallel(ranks)
 
 
 def close() -> None:
-    """Destroy the groups that `initialize` made; the model-parallel state goes first, as it refers to the other."""
+    """Destroy the groups that `initialize` made: first fairscale's, which refer to the process group, then that."""
     fairscale_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def end_job_on_error(store: dist.Store) -> None:
-    """On an exception that nothing catches: print it if no other rank has failed before, and end this process.
+    """From now on, an exception that nothing catches ends this process, and is printed if it is the job's first.
 
-    The other ranks then fail in their next collective, which would add a traceback each; the count in the store keeps
-    them silent. Leaving without the usual clean-up keeps a rank from waiting for peers that will never answer.
+    When one rank fails, the others fail in their next collective and would print a traceback each. All ranks count
+    their failures in `store`, and only the first to count prints. The process leaves without the usual clean-up, in
+    which it would wait for ranks that no longer answer.
     """
-    shown = sys.excepthook
+    show = sys.excepthook
 
     def end_job(kind: type[BaseException], error: BaseException, trace: Any) -> None:
         try:
             first = store.add("llama/failed ranks", 1) == 1
         except RuntimeError:  # the store is gone with the rank that kept it
             first = True
+
         if first and not issubclass(kind, KeyboardInterrupt):
-            shown(kind, error, trace)
+            show(kind, error, trace)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
@@ -129,7 +137,7 @@ def end_job_on_error(store: dist.Store) -> None:
 
 
 def broadcast(x: Tensor) -> Tensor:
-    """The tensor of the group's first rank, in place, on all of its ranks."""
+    """Overwrite `x` on every rank of the group with the first rank's `x`, and return it."""
     if size() > 1:
         source = fairscale_state.get_model_parallel_src_rank()
         dist.broadcast(x, source, group=fairscale_state.get_model_parallel_group())
@@ -137,11 +145,13 @@ def broadcast(x: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any, device: torch.device) -> Any:
-    """The (picklable) object of the group's first rank on all of its ranks; `device` carries it."""
+    """The first rank's object, on every rank of the group; it must be picklable, and travels through `device`."""
     if size() == 1:
         return value
+
     box = [value]
-    source, group = fairscale_state.get_model_parallel_src_rank(), fairscale_state.get_model_parallel_group()
+    source = fairscale_state.get_model_parallel_src_rank()
+    group = fairscale_state.get_model_parallel_group()
     dist.broadcast_object_list(box, source, group=group, device=device)
     return box[0]
 
@@ -195,9 +205,10 @@ class SharedCopy(torch.autograd.Function):
 
 
 def hold(layer: nn.Module, rows: int, columns: int) -> None:
-    """Give a layer its share of the weights and no bias: small normal numbers, from which training begins.
+    """Give a layer its share of the weights, (rows, columns), and no bias.
 
-    On the meta device nothing is drawn, as a checkpoint will follow.
+    The weights are small normal numbers, for training from the beginning; on the meta device, which a checkpoint
+    fills later, nothing is drawn.
     """
     layer.weight = nn.Parameter(torch.empty(rows, columns))
     layer.register_parameter("bias", None)
@@ -222,10 +233,11 @@ def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
-    """x W' with the rows of W (the output features) shared out, whole only where `gather_output` says so.
+    """x W' with the rows of W, the output features, shared out; `gather_output` puts the results side by side.
 
-    fairscale's constructor would build the full matrix on every rank and on the CPU; this one makes the share alone,
-    on any device, meta included. Features that the ranks do not divide are padded at the end and cut off again.
+    fairscale's constructor builds the full matrix on every rank and on the CPU. This one makes this rank's share
+    alone, on any device, meta included. If the ranks do not divide the features, W is padded at its end, and the
+    gathered output is cut off there.
 
     Where there are fewer things to share out than ranks, `copies` neighbouring ranks hold the same rows, counted that
     many times in `out_features`: two key-value heads of dimension 64 on four ranks are 256 features in two copies.
@@ -233,9 +245,11 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
     def __init__(self, in_features: int, out_features: int, gather_output: bool = False, copies: int = 1):
         nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
-        self.gather_output, self.copies = gather_output, copies
-        self.output_size_per_partition = -(-out_features // size())
+        self.in_features = in_features
+        self.out_features = out_features
+        self.gather_output = gather_output
+        self.copies = copies
+        self.output_size_per_partition = -(-out_features // size())  # rounded up
         hold(self, self.output_size_per_partition, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -243,16 +257,21 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         weight = self.weight
         if self.copies > 1 and isinstance(weight, Tensor) and torch.is_grad_enabled():
             weight = SharedCopy.apply(weight, self.copies)
+
         y = product(share_input(x), weight)
-        return gather_features(y)[..., : self.out_features] if self.gather_output else y
+        if self.gather_output:
+            return gather_features(y)[..., : self.out_features]
+        return y
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
-    """x W' with the columns of W (the input features) shared out; each rank has its share of x, all get the sum."""
+    """x W' with the columns of W, the input features, shared out: each rank has its share of x, and gets the sum."""
 
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.input_is_parallel = in_features, out_features, True
+        self.in_features = in_features
+        self.out_features = out_features
+        self.input_is_parallel = True
         self.input_size_per_partition = in_features // size()
         hold(self, out_features, self.input_size_per_partition)
 
@@ -262,11 +281,12 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):
-    """A row of features for each id, the features shared out and gathered."""
+    """A row of features for each id. Each rank holds some of the features of every row; the output has them all."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int):
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
         self.embedding_dim_per_partition = embedding_dim // size()
         hold(self, num_embeddings, self.embedding_dim_per_partition)
 

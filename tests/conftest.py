@@ -14,7 +14,7 @@ from llama.device import use_device
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from support.models import BASE_PARAMS, VARIANTS
-from support.tokenizers import train_tokenizer
+from support.tokenizers import CODE_PIECES, train_tokenizer
 
 torch.set_num_threads(1)
 use_device(torch.device("cpu"))  # as `Llama.build` does: some tests make a model without it
@@ -47,3 +47,14 @@ def tokenizer(tokenizer_path) -> Tokenizer:
 def raw_sp(tokenizer_path) -> spm.SentencePieceProcessor:
     """sentencepiece itself, to check the tokenizer and the chat encoding against."""
     return spm.SentencePieceProcessor(model_file=str(tokenizer_path))
+
+
+@pytest.fixture(scope="session", params=["user_defined_symbols", "control_symbols"])
+def code_path(request, tmp_path_factory) -> Path:
+    """A tokenizer with the infilling pieces; as user-defined ones, sentencepiece finds them in ordinary text."""
+    return train_tokenizer(tmp_path_factory.mktemp("code"), **{request.param: CODE_PIECES})
+
+
+@pytest.fixture(scope="session")
+def code_tokenizer(code_path) -> Tokenizer:
+    return Tokenizer(code_path)

@@ -1,4 +1,4 @@
-"""Code Llama: a text with a hole to ids, the middle back to text, and sizes that come from params.json alone."""
+"""Code Llama: the middle of a text with a hole, and sizes that come from params.json alone."""
 
 import itertools
 import math
@@ -9,116 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llama.generation import Llama
 from llama.loading import model_args
-from llama.prompts import encode_infilling
-from llama.tokenizer import IncrementalDecoder, Tokenizer
+from llama.tokenizer import Tokenizer
 from support.checkpoints import write_checkpoint
 from support.models import BASE_PARAMS, build_model, random_weights
-from support.tokenizers import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PIECES = ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]  # in the order in which training gives them ids, from 3 on
-PRE, MID, SUF, EOT = 3, 4, 5, 6
-BOS, EOS, SPACE = 1, 2, 419  # the last: a space on its own
+MID, EOT = 4, 6
+BOS, EOS = 1, 2
 CONTEXT = 48
-
-
-@pytest.fixture(scope="session", params=["user_defined_symbols", "control_symbols"])
-def code_path(request, tmp_path_factory) -> Path:
-    """A tokenizer with the infilling pieces; as user-defined ones, sentencepiece finds them in ordinary text."""
-    return train_tokenizer(tmp_path_factory.mktemp("code"), **{request.param: PIECES})
-
-
-@pytest.fixture(scope="session")
-def code_tokenizer(code_path) -> Tokenizer:
-    return Tokenizer(code_path)
-
-
-def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    return [tokenizer.sp_model.id_to_piece(id) for id in ids]
-
-
-# --- encoding ----------------------------------------------------------------------------------------------------
-
-
-def test_the_pieces_are_found(code_tokenizer, tokenizer):
-    found = code_tokenizer.prefix_id, code_tokenizer.middle_id, code_tokenizer.suffix_id, code_tokenizer.eot_id
-    assert found == (PRE, MID, SUF, EOT)
-    assert (tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id) == (None,) * 4
-
-
-def test_prefix_suffix_middle(code_tokenizer):
-    ids = encode_infilling(code_tokenizer, "Where is the ", "red cup?")
-    assert ids == [BOS, PRE, 317, 278, 266, SPACE, SUF, 351, 339, 443, MID]
-    assert pieces(code_tokenizer, ids) == (
-        ["<s>", "▁<PRE>", "▁Where", "▁is", "▁the", "▁", "▁<SUF>", "red", "▁cup", "?", "▁<MID>"]
-    )
-
-
-def test_suffix_first(code_tokenizer):
-    ids = encode_infilling(code_tokenizer, "Where is the ", "red cup?", suffix_first=True)
-    assert ids == [BOS, PRE, SUF, 351, 339, 443, MID, 317, 278, 266, SPACE]
-
-
-def test_the_suffix_has_the_spaces_it_has_and_no_other(code_tokenizer):
-    """Beginnings of a suffix: within a word, before a word, two spaces, a line break, an unknown character."""
-    expected = {
-        "red": ["red"],
-        " red": ["▁red"],
-        "  red": ["▁▁", "red"],
-        "\n red": ["\n", "▁red"],
-        "É": ["<0xC3>", "<0x89>"],
-        "": [],
-    }
-    for suffix, spelled in expected.items():
-        ids = encode_infilling(code_tokenizer, "", suffix)
-        assert ids[:3] == [BOS, PRE, SUF] and ids[-1] == MID
-        assert pieces(code_tokenizer, ids[3:-1]) == spelled, suffix
-
-
-@given(st.text(st.sampled_from(" \n\tredcup?Where<>PSUFMIDEOT7é😀\ue000▁"), max_size=20))
-def test_text_inside_a_text_is_what_follows_a_line_break(raw_sp, tokenizer_path, text):
-    """A character that joins with nothing stands for any text before; decoding what follows it gives the text back."""
-    tokenizer = Tokenizer(tokenizer_path)
-    ids = tokenizer.encode(text, bos=False, eos=False, inner=True)
-    before = raw_sp.encode("☃")
-    assert ids == raw_sp.encode("☃" + text)[len(before) :]
-    decoder = IncrementalDecoder(tokenizer, begun=True)
-    assert "".join(map(decoder.feed, ids)) + decoder.flush() == text.replace("▁", " ")
-
-
-SPECIAL_TEXTS = ["<PRE>", " <PRE> x", "a <EOT> b", "  <SUF>", "red <MID> <MID>\n <EOT>", "▁<EOT>", "x<PRE>"]
-
-
-@pytest.mark.parametrize("text", SPECIAL_TEXTS)
-def test_text_never_becomes_a_special_id(code_tokenizer, text):
-    """Whoever writes the code in an editor must not be able to end the prefix or to answer in the model's place."""
-    for ids in (code_tokenizer.encode(text, False, False), code_tokenizer.encode(text, False, False, inner=True)):
-        assert not {BOS, EOS, PRE, MID, SUF, EOT} & set(ids)
-    plain = text.replace("▁", " ")
-    assert code_tokenizer.decode(code_tokenizer.encode(text, False, False)) == plain
-    for suffix_first in (False, True):
-        ids = encode_infilling(code_tokenizer, text, text, suffix_first)
-        assert sorted(id for id in ids if id < 7) == [BOS, PRE, MID, SUF]
-
-
-def test_a_special_piece_in_text_is_spelled_in_place(code_tokenizer):
-    assert code_tokenizer.encode("a <EOT> b", False, False) == [326, SPACE, 432, 76, 463, 441, 433, 283]
-
-
-def test_a_tokenizer_without_the_pieces_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"lacks the pieces for infilling .*▁<PRE>.*; use Code Llama 7B or 13B"):
-        encode_infilling(tokenizer, "a", "b")
-
-
-def test_parts_that_are_no_text_are_refused(code_tokenizer):
-    for parts in ((None, "b"), ("a", 3)):
-        with pytest.raises(ValueError, match="must be a string"):
-            encode_infilling(code_tokenizer, *parts)
 
 
 # --- filling in --------------------------------------------------------------------------------------------------

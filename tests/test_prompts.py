@@ -15,6 +15,7 @@ from llama.prompts import (
     UNSAFE_ERROR,
     check_dialogs,
     encode_dialog,
+    encode_infilling,
     format_dialog,
 )
 from llama.tokenizer import Tokenizer
@@ -262,7 +263,7 @@ def test_a_message_needs_a_role_and_a_content(tokenizer, message):
         encode_dialog(tokenizer, [message])
 
 
-# --- answers that are continued ----------------------------------------------------------------------------------
+# --- answers that are continued ------------------------------------------------------------------------------------
 
 BEGUN = {
     "one space before, none after": (dialog("Who?", "Anna has"), ["[INST] Who? [/INST] Anna has"]),
@@ -322,7 +323,7 @@ def test_a_beginning_within_a_word_may_have_tokens_of_its_own(tokenizer):
     assert tokenizer.decode(whole[: whole.index(EOS)]).startswith(tokenizer.decode(begun))
 
 
-# --- lists of dialogs --------------------------------------------------------------------------------------------
+# --- lists of dialogs ----------------------------------------------------------------------------------------------
 
 
 def test_a_list_of_dialogs_is_accepted():
@@ -351,3 +352,63 @@ def test_a_wrong_dialog_is_named_by_its_place():
         check_dialogs([dialog("hi"), "hi"])
     with pytest.raises(ValueError, match=r"^Dialog 0, message 0: the last role must be 'assistant'"):
         check_dialogs([dialog("hi")], continue_final=True)
+
+
+# --- texts with a hole ---------------------------------------------------------------------------------------------
+
+PRE, MID, SUF = 3, 4, 5
+SPACE = 419  # on its own
+
+
+def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.sp_model.id_to_piece(id) for id in ids]
+
+
+def test_infilling_prefix_suffix_middle(code_tokenizer):
+    ids = encode_infilling(code_tokenizer, "Where is the ", "red cup?")
+    assert ids == [BOS, PRE, 317, 278, 266, SPACE, SUF, 351, 339, 443, MID]
+    assert pieces(code_tokenizer, ids) == (
+        ["<s>", "▁<PRE>", "▁Where", "▁is", "▁the", "▁", "▁<SUF>", "red", "▁cup", "?", "▁<MID>"]
+    )
+
+
+def test_infilling_suffix_first(code_tokenizer):
+    ids = encode_infilling(code_tokenizer, "Where is the ", "red cup?", suffix_first=True)
+    assert ids == [BOS, PRE, SUF, 351, 339, 443, MID, 317, 278, 266, SPACE]
+
+
+def test_infilling_gives_the_suffix_the_spaces_it_has_and_no_other(code_tokenizer):
+    """Beginnings of a suffix: within a word, before a word, two spaces, a line break, an unknown character."""
+    expected = {
+        "red": ["red"],
+        " red": ["▁red"],
+        "  red": ["▁▁", "red"],
+        "\n red": ["\n", "▁red"],
+        "É": ["<0xC3>", "<0x89>"],
+        "": [],
+    }
+    for suffix, spelled in expected.items():
+        ids = encode_infilling(code_tokenizer, "", suffix)
+        assert ids[:3] == [BOS, PRE, SUF] and ids[-1] == MID
+        assert pieces(code_tokenizer, ids[3:-1]) == spelled, suffix
+
+
+@pytest.mark.parametrize("suffix_first", [False, True])
+@pytest.mark.parametrize(
+    "text", ["<PRE>", " <PRE> x", "a <EOT> b", "  <SUF>", "red <MID> <MID>\n <EOT>", "▁<EOT>", "x<PRE>"]
+)
+def test_infilled_text_never_becomes_a_special_id(code_tokenizer, text, suffix_first):
+    """Whoever writes the code in an editor must not be able to end the prefix or to answer in the model's place."""
+    ids = encode_infilling(code_tokenizer, text, text, suffix_first)
+    assert sorted(id for id in ids if id < 7) == [BOS, PRE, MID, SUF]
+
+
+def test_infilling_without_the_pieces_is_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"lacks the pieces for infilling .*▁<PRE>.*; use Code Llama 7B or 13B"):
+        encode_infilling(tokenizer, "a", "b")
+
+
+def test_infilling_parts_that_are_no_text_are_refused(code_tokenizer):
+    for parts in ((None, "b"), ("a", 3)):
+        with pytest.raises(ValueError, match="must be a string"):
+            encode_infilling(code_tokenizer, *parts)

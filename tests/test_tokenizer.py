@@ -19,7 +19,7 @@ def byte_ids(data: bytes) -> list[int]:
     return [FIRST_BYTE_ID + b for b in data]
 
 
-# --- whole texts -------------------------------------------------------------------------------------------------
+# --- whole texts ---------------------------------------------------------------------------------------------------
 
 
 def test_ids_are_sentencepiece_ids_between_bos_and_eos(tokenizer, raw_sp):
@@ -96,7 +96,7 @@ def test_any_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")  # sentencepiece's own sign for a space
 
 
-# --- piece by piece ----------------------------------------------------------------------------------------------
+# --- piece by piece ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300)
@@ -167,7 +167,46 @@ def test_complete_text_is_never_late(tokenizer):
         assert so_far == tokenizer.decode(ids[:n]).rstrip("\ufffd")
 
 
-# --- files that are not tokenizers -------------------------------------------------------------------------------
+# --- pieces of texts with a hole -----------------------------------------------------------------------------------
+
+PRE, MID, SUF, EOT = 3, 4, 5, 6
+SPACE = 419  # on its own
+
+
+def test_the_pieces_are_found(code_tokenizer, tokenizer):
+    found = code_tokenizer.prefix_id, code_tokenizer.middle_id, code_tokenizer.suffix_id, code_tokenizer.eot_id
+    assert found == (PRE, MID, SUF, EOT)
+    assert (tokenizer.prefix_id, tokenizer.middle_id, tokenizer.suffix_id, tokenizer.eot_id) == (None,) * 4
+
+
+@given(st.text(st.sampled_from(" \n\tredcup?Where<>PSUFMIDEOT7é😀\ue000▁"), max_size=20))
+def test_text_inside_a_text_is_what_follows_a_line_break(raw_sp, tokenizer_path, text):
+    """A character that joins with nothing stands for any text before; decoding what follows it gives the text back."""
+    tokenizer = Tokenizer(tokenizer_path)
+    ids = tokenizer.encode(text, bos=False, eos=False, inner=True)
+    before = raw_sp.encode("☃")
+    assert ids == raw_sp.encode("☃" + text)[len(before) :]
+    decoder = IncrementalDecoder(tokenizer, begun=True)
+    assert "".join(map(decoder.feed, ids)) + decoder.flush() == text.replace("▁", " ")
+
+
+SPECIAL_TEXTS = ["<PRE>", " <PRE> x", "a <EOT> b", "  <SUF>", "red <MID> <MID>\n <EOT>", "▁<EOT>", "x<PRE>"]
+
+
+@pytest.mark.parametrize("text", SPECIAL_TEXTS)
+def test_text_never_becomes_a_special_id(code_tokenizer, text):
+    """Whoever writes the code in an editor must not be able to end the prefix or to answer in the model's place."""
+    for ids in (code_tokenizer.encode(text, False, False), code_tokenizer.encode(text, False, False, inner=True)):
+        assert not {1, 2, PRE, MID, SUF, EOT} & set(ids)
+    plain = text.replace("▁", " ")
+    assert code_tokenizer.decode(code_tokenizer.encode(text, False, False)) == plain
+
+
+def test_a_special_piece_in_text_is_spelled_in_place(code_tokenizer):
+    assert code_tokenizer.encode("a <EOT> b", False, False) == [326, SPACE, 432, 76, 463, 441, 433, 283]
+
+
+# --- files that are not tokenizers ---------------------------------------------------------------------------------
 
 TIKTOKEN = "".join(f"{piece} {rank}\n" for rank, piece in enumerate(["IQ==", "Ig==", "Iw==", "JA==", "IHRoZQ=="]))
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import sentencepiece as spm
 
+CODE_PIECES = ["▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"]  # in the order in which training gives them ids, from 3 on
+
 
 def sentences() -> Iterator[str]:
     """A small language: enough repetition for merges, few enough words that most text falls back to bytes."""

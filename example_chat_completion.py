@@ -118,28 +118,11 @@ def answer(llama, questions: tuple[str, ...], system: str | None, options: dict,
     first = [] if system is None else [{"role": "system", "content": system}]
     dialogs = [[*first, {"role": "user", "content": question}] for question in questions] or DIALOGS
     headings = [shown(dialog) + "> Assistant: " for dialog in dialogs for _ in range(options["n"])]
-    cli.show_rows(stream_chat(llama, dialogs, **options), headings.__getitem__, live)
+    cli.show_rows(llama.stream_chat(dialogs, **options), headings.__getitem__, live)
 
 
 def shown(dialog: list[dict[str, str]]) -> str:
     return "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in dialog)
-
-
-def stream_chat(llama, dialogs: list, n: int = 1, **options):
-    """The pieces of `llama.stream` for the answers to some dialogs; a refused one has one piece, which says so."""
-    from llama.generation import UNSAFE_ERROR, Piece
-    from llama.prompts import encode_dialog, find_special_tag
-
-    refused = [row for row, dialog in enumerate(dialogs) if find_special_tag(dialog)]
-    for row in refused:
-        for completion in range(row * n, row * n + n):
-            yield Piece(completion, [], UNSAFE_ERROR, None, "refused")
-
-    accepted = [row for row in range(len(dialogs)) if row not in refused]
-    prompt_tokens = [encode_dialog(llama.tokenizer, dialogs[row]) for row in accepted]
-    for piece in llama.stream(prompt_tokens, n=n, **options):
-        row, completion = divmod(piece.row, n)
-        yield piece._replace(row=accepted[row] * n + completion)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ class Conversation:
         weight = self.llama.model.norm.weight
         about = f"{self.name}, {str(weight.dtype).removeprefix('torch.')} on {weight.device.type}"
         if world()[0] == 0:
-            print(f"llama: {about}. Ctrl-C cuts an answer, Ctrl-D leaves, /help tells more.", file=sys.stderr)
+            print(
+                f"llama: {about}. Ctrl-C cuts an answer, Ctrl-D leaves, /help tells more.",
+                file=sys.stderr,
+            )
 
         with Terminal() as self.terminal:
             for question in questions:
@@ -75,7 +78,9 @@ class Conversation:
         """/help: these lines."""
         methods = [getattr(type(self), name) for name in vars(type(self)) if name.startswith("on_")]
         show("\n".join(inspect.getdoc(method) for method in methods))
-        show("Ctrl-C cuts an answer; twice at the prompt, it leaves. A paste of several lines is one question.")
+        show(
+            "Ctrl-C cuts an answer; twice at the prompt, it leaves. A paste of several lines is one question."
+        )
 
     def on_system(self, rest: str) -> None:
         """/system TEXT: how the model is to answer from now on; without TEXT, as it likes."""
@@ -107,7 +112,9 @@ class Conversation:
                 json.dump([*self.beginning(), *self.exchanges], file, ensure_ascii=False, indent=2)
             show(f"(Written to {rest}.)")
         except OSError as error:
-            show(f"(Not written: {error.strerror or error}.)" if rest else "(Say where: /save FILE.)")
+            show(
+                f"(Not written: {error.strerror or error}.)" if rest else "(Say where: /save FILE.)"
+            )
 
     def on_exit(self, rest: str) -> None:
         """/exit: leave, as does Ctrl-D."""
@@ -126,7 +133,9 @@ class Conversation:
             return
         kept = self.trim(question)
         if kept is None:
-            show(f"(That is too long for max_seq_len {self.llama.model.params.max_seq_len}; nothing was sent.)")
+            show(
+                f"(That is too long for max_seq_len {self.llama.model.params.max_seq_len}; nothing was sent.)"
+            )
             return
 
         forgotten = (len(self.exchanges) - len(kept)) // 2
@@ -154,7 +163,9 @@ class Conversation:
         cut = False
         show("> Assistant: ", end="")
         try:
-            pieces = self.llama.stream([encode_dialog(self.llama.tokenizer, dialog)], **self.options)
+            pieces = self.llama.stream(
+                [encode_dialog(self.llama.tokenizer, dialog)], **self.options
+            )
             with self.terminal.watched():
                 for piece in pieces:
                     text += piece.text

@@ -27,10 +27,23 @@ from types import TracebackType
 
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(?:=(.*))?", re.DOTALL)
 SHORT = re.compile(r"-[A-Za-z]\w*(=.*)?", re.DOTALL)
-SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+SWITCHES = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "1": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "0": False,
+}
 KINDS = {int: "a whole number", float: "a number", bool: "yes or no"}
 PLACEHOLDERS = {int: "NUMBER", float: "NUMBER", str: "TEXT"}
-WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses, the last two as a shell gives them
+WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = (
+    2,
+    130,
+    141,
+)  # exit statuses, the last two as a shell gives them
 RULE = "\n==================================\n"
 
 
@@ -55,7 +68,9 @@ def run(main: Callable[..., None]) -> None:
 def open_streams() -> None:
     """Give closed standard streams the null device, and let a console that lacks a character show "?"."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # opened in this order, each gets the number of the stream it stands for
+        if (
+            getattr(sys, name) is None
+        ):  # opened in this order, each gets the number of the stream it stands for
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
     sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="replace")
@@ -84,7 +99,9 @@ def wrong(sentence: str) -> typing.NoReturn:
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
-def show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def show_error(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
     """Print the sentence of an error that was meant for the user, the traceback of any other."""
     if meant_for_user(error, trace):
         print(error, file=sys.stderr)
@@ -94,7 +111,9 @@ def show_error(kind: type[BaseException], error: BaseException, trace: Traceback
 
 def meant_for_user(error: BaseException, trace: TracebackType | None) -> bool:
     """Whether a `raise` statement of the library or of the script made the error, rather than something it called."""
-    if trace is None or not isinstance(error, (ValueError, FileNotFoundError, RuntimeError, ImportError)):
+    if trace is None or not isinstance(
+        error, (ValueError, FileNotFoundError, RuntimeError, ImportError)
+    ):
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -155,7 +174,9 @@ def parse(arguments: list[str], main: Callable) -> tuple[dict[str, list[str]], l
             value = flag_value(f"--{name}", matched[2], known[name], waiting)
             given.setdefault(name, []).append(value)
         elif SHORT.fullmatch(argument):
-            wrong(f"{argument} is not a flag of this script; --help lists them. Put -- before a text that begins so.")
+            wrong(
+                f"{argument} is not a flag of this script; --help lists them. Put -- before a text that begins so."
+            )
         else:
             texts.append(standard_input() if argument == "-" else argument)
 
@@ -170,7 +191,9 @@ def flag_name(typed: str, known: Mapping[str, Flag], texts_name: str | None) -> 
     if name in known:
         return name
     if texts_name is not None and name in (texts_name, texts_name.removesuffix("s")):
-        wrong(f'--{typed} is not a flag of this script: type {texts_name} without one, each in quotes: "Once upon".')
+        wrong(
+            f'--{typed} is not a flag of this script: type {texts_name} without one, each in quotes: "Once upon".'
+        )
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean --{near[0]}? " if near else ""
     wrong(f"--{typed} is not a flag of this script; {hint}--help lists them.")
@@ -253,12 +276,10 @@ def chosen(**options: object) -> dict[str, object]:
 
     Raises `ValueError` for a value out of range.
     """
-    from llama.request import Request
+    from llama.sampling import Sampling
 
     given = {name: value for name, value in options.items() if value is not None}
-    request = Request([], **{"max_gen_len": None, "logprobs": False, "echo": False} | given)
-    request.rows = []
-    request.check(vocab_size=1, max_seq_len=1)
+    Sampling(**given).checked()
     return given
 
 
@@ -271,7 +292,11 @@ def help_text(main: Callable, script: str) -> str:
     about, _, arguments = inspect.getdoc(main).partition("\nArgs:\n")
     described = dict(re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", arguments, re.MULTILINE))
     width = max(40, min(shutil.get_terminal_size().columns, 100))
-    usage = [script, *([f"[{texts.upper().removesuffix('S')} ...]"] if texts else []), "[--FLAG VALUE ...]"]
+    usage = [
+        script,
+        *([f"[{texts.upper().removesuffix('S')} ...]"] if texts else []),
+        "[--FLAG VALUE ...]",
+    ]
     rows = [f"usage: {' '.join(usage)}", "", *textwrap.wrap(about, width), ""]
 
     for name, words in described.items():
@@ -287,7 +312,9 @@ def help_text(main: Callable, script: str) -> str:
     if texts:
         rows += [
             "",
-            *textwrap.wrap("A text that is - is read from standard input; after -- everything is text.", width),
+            *textwrap.wrap(
+                "A text that is - is read from standard input; after -- everything is text.", width
+            ),
         ]
     return "\n".join(rows)
 
@@ -321,10 +348,14 @@ def announce_compiling(compile: str | None) -> None:
     from llama.parallel import world
 
     if compile is not None and world()[0] == 0:
-        print("llama: torch compiles the steps first, which takes a minute or more", file=sys.stderr)
+        print(
+            "llama: torch compiles the steps first, which takes a minute or more", file=sys.stderr
+        )
 
 
-def show_rows(pieces: Iterable, heading: Callable[[int], str] = lambda row: "", live: bool = False) -> None:
+def show_rows(
+    pieces: Iterable, heading: Callable[[int], str] = lambda row: "", live: bool = False
+) -> None:
     """Print each row of a stream, with its heading and a rule, as soon as it and all rows before it have ended.
 
     With `live`, the first row that has not ended is printed as it comes. Ctrl-C prints what has ended, whatever is

@@ -7,10 +7,9 @@ nothing of HTTP, argument parsing or how ranks share a layer.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +61,7 @@ class Llama:
         check_vocabulary(tokenizer.n_words, model.vocab_size)
         self.model = model
         self.tokenizer = tokenizer
-        self.seeds = random.Random(seed if parallel.group() == 0 else f"{seed} {parallel.group()}")
+        self.seeds = random.Random(seed)
         self.drawing = threading.Lock()
         compiled = None if compile is None else compiled_step(model, compile)
         self.engine = Engine(model, tokenizer.n_words, compiled)
@@ -211,7 +210,10 @@ class Llama:
 
         pairs = list(zip(prefixes, suffixes, strict=True))
         holes = [prompts.encode_infilling(self.tokenizer, *pair, suffix_first) for pair in pairs]
-        rows = self.complete(holes, options, infilling=True)
+        if holes:
+            options = dataclasses.replace(options, stop=(*options.stop, self.tokenizer.eot_id))
+        rows = self.make_rows(holes, options, inside=range(len(holes)))
+        self.finish(rows)
 
         predictions = []
         for row in rows:
@@ -290,11 +292,12 @@ class Llama:
         prompts: Sequence[Sequence[int]],
         options: Sampling,
         indices: Sequence[int] | None = None,
-        infilling: bool = False,
+        inside: Collection[int] = (),
     ) -> list[Row]:
         """`n` rows for each prompt, which are numbered by their place in the call, or by `indices`.
 
-        Completion j of prompt i is row i n + j. Raises `ValueError` for a prompt that does not fit.
+        Completion j of prompt i is row i n + j. What follows the prompts `inside` goes on inside a text. Raises
+        `ValueError` for a prompt that does not fit.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             found = (
@@ -310,9 +313,8 @@ class Llama:
         for prompt_index, prompt in zip(indices, prompts, strict=True):
             room = self.model.params.max_seq_len - len(prompt)
             for index in range(prompt_index * options.n, (prompt_index + 1) * options.n):
-                row = Row(
-                    prompt, options, self.tokenizer, index=index, room=room, infilling=infilling
-                )
+                row = Row(prompt, options, self.tokenizer, index=index, room=room)
+                row.decoder.begun = prompt_index in inside
                 if options.temperature > 0:
                     row.uniforms = uniforms(seed, index, row.budget)
                 rows.append(row)
@@ -323,7 +325,7 @@ class Llama:
         if options.seed is not None or options.temperature == 0:
             return options.seed or 0
         with self.drawing:
-            drawn = self.seeds.getrandbits(63)
+            drawn = self.seeds.getrandbits(63) + parallel.group()
         return parallel.broadcast_object(drawn, self.device)
 
     def dialog_rows(
@@ -331,15 +333,23 @@ class Llama:
     ) -> list[Row]:
         """`n` rows for each dialog in order; those of a dialog that holds a special tag have ended already."""
         prompts.check_dialogs(dialogs, continue_final=continue_final)
-        refused = [
-            index for index, dialog in enumerate(dialogs) if prompts.find_special_tag(dialog)
-        ]
-        accepted = [index for index in range(len(dialogs)) if index not in refused]
+        refused = []
+        accepted = []
+        begun = []  # answers that go on inside a text
+        for index, dialog in enumerate(dialogs):
+            tagged = prompts.find_special_tag(dialog) is not None
+            (refused if tagged else accepted).append(index)
+            if continue_final and dialog[-1]["content"].strip():
+                begun.append(index)
 
-        encode = functools.partial(
-            prompts.encode_dialog, self.tokenizer, continue_final=continue_final
-        )
-        rows = self.make_rows([encode(dialogs[index]) for index in accepted], options, accepted)
+        encoded = []
+        for index in accepted:
+            ids = prompts.encode_dialog(
+                self.tokenizer, dialogs[index], continue_final=continue_final
+            )
+            encoded.append(ids)
+
+        rows = self.make_rows(encoded, options, accepted, begun)
         for prompt_index in refused:
             for index in range(prompt_index * options.n, (prompt_index + 1) * options.n):
                 row = Row([], options, self.tokenizer, index=index, room=0)
@@ -349,11 +359,9 @@ class Llama:
 
     # --- from rows to results ---
 
-    def complete(
-        self, prompts: Sequence[Sequence[int]], options: Sampling, infilling: bool = False
-    ) -> list[Row]:
+    def complete(self, prompts: Sequence[Sequence[int]], options: Sampling) -> list[Row]:
         """Rows for the prompts, run to their end."""
-        rows = self.make_rows(prompts, options, infilling=infilling)
+        rows = self.make_rows(prompts, options)
         self.finish(rows)
         return rows
 

@@ -135,8 +135,9 @@ class Attention(nn.Module):
             max(args.kv_heads, ranks) * args.head_dim
         )  # several ranks may keep the same head
         self.wq = ColumnParallelLinear(args.dim, args.n_heads * args.head_dim)
-        self.wk = ColumnParallelLinear(args.dim, kv_features)
-        self.wv = ColumnParallelLinear(args.dim, kv_features)
+        copies = max(ranks // args.kv_heads, 1)
+        self.wk = ColumnParallelLinear(args.dim, kv_features, copies=copies)
+        self.wv = ColumnParallelLinear(args.dim, kv_features, copies=copies)
         self.wo = RowParallelLinear(args.n_heads * args.head_dim, args.dim)
 
     def forward(self, x: Tensor, layer: int, now: Pass) -> Tensor:

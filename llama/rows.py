@@ -75,8 +75,8 @@ class Row:
     end: text " " (it is before the match), reason "stop", and no id, because the second token touches the match.
 
     `index` is the row's place in its call. `room` is how many tokens fit behind the prompt, and `uniforms` has a
-    number for each that may be drawn. With `infilling` the text goes on inside another, so a space at its beginning
-    counts, and EOT stops it.
+    number for each that may be drawn. Where the output goes on inside a text, so that a space at its beginning counts,
+    `decoder.begun` is set.
     """
 
     def __init__(
@@ -88,7 +88,6 @@ class Row:
         index: int = 0,
         room: int,
         uniforms: Sequence[float] = (),
-        infilling: bool = False,
     ):
         self.prompt = list(prompt)
         self.context = list(prompt)
@@ -112,15 +111,13 @@ class Row:
         self.tail = ""
         self.held: list[Token] = []
         self.incomplete: list[Token] = []
-        self.decoder = IncrementalDecoder(tokenizer, begun=infilling)
+        self.decoder = IncrementalDecoder(tokenizer)
 
         # What ends the row.
         stop = options.stop or ()
         self.eos_id = tokenizer.eos_id
         self.stop_strings = [entry for entry in stop if isinstance(entry, str)]
         self.stop_ids = {int(entry) for entry in stop if not isinstance(entry, str)}
-        if infilling:
-            self.stop_ids.add(tokenizer.eot_id)
 
     @property
     def ended(self) -> bool:

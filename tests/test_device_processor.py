@@ -24,7 +24,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
-# --- AMX that does not work --------------------------------------------------------------------------------------
+# --- AMX that does not work ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_bfloat16_products_work_on_this_machine():
     assert (done.returncode, done.stdout, done.stderr) == (0, "64.0\n", "")
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------------------------
 
 MB = 10**6
 

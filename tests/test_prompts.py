@@ -263,7 +263,7 @@ def test_a_message_needs_a_role_and_a_content(tokenizer, message):
         encode_dialog(tokenizer, [message])
 
 
-# --- answers that are continued ----------------------------------------------------------------------------------
+# --- answers that are continued ------------------------------------------------------------------------------------
 
 BEGUN = {
     "one space before, none after": (dialog("Who?", "Anna has"), ["[INST] Who? [/INST] Anna has"]),
@@ -323,7 +323,7 @@ def test_a_beginning_within_a_word_may_have_tokens_of_its_own(tokenizer):
     assert tokenizer.decode(whole[: whole.index(EOS)]).startswith(tokenizer.decode(begun))
 
 
-# --- lists of dialogs --------------------------------------------------------------------------------------------
+# --- lists of dialogs ----------------------------------------------------------------------------------------------
 
 
 def test_a_list_of_dialogs_is_accepted():
@@ -338,9 +338,7 @@ def test_a_bare_dialog_in_place_of_a_list_is_told_so():
 
 
 @pytest.mark.parametrize(
-    "given",
-    [None, "hi", {"role": "user", "content": "hi"}, 7, iter([])],
-    ids=lambda value: type(value).__name__,
+    "given", [None, "hi", {"role": "user", "content": "hi"}, 7, iter([])], ids=lambda given: type(given).__name__
 )
 def test_what_is_no_list_of_dialogs_is_named(given):
     with pytest.raises(ValueError, match=f"must come as a list of dialogs, not {type(given).__name__}"):
@@ -356,7 +354,7 @@ def test_a_wrong_dialog_is_named_by_its_place():
         check_dialogs([dialog("hi")], continue_final=True)
 
 
-# --- texts with a hole ----------------------------------------------------------------------------------------------
+# --- texts with a hole ---------------------------------------------------------------------------------------------
 
 PRE, MID, SUF = 3, 4, 5
 SPACE = 419  # on its own

@@ -19,7 +19,7 @@ def byte_ids(data: bytes) -> list[int]:
     return [FIRST_BYTE_ID + b for b in data]
 
 
-# --- whole texts -------------------------------------------------------------------------------------------------
+# --- whole texts ---------------------------------------------------------------------------------------------------
 
 
 def test_ids_are_sentencepiece_ids_between_bos_and_eos(tokenizer, raw_sp):
@@ -96,7 +96,7 @@ def test_any_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")  # sentencepiece's own sign for a space
 
 
-# --- piece by piece ----------------------------------------------------------------------------------------------
+# --- piece by piece ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=300)
@@ -167,7 +167,7 @@ def test_complete_text_is_never_late(tokenizer):
         assert so_far == tokenizer.decode(ids[:n]).rstrip("\ufffd")
 
 
-# --- pieces of texts with a hole -------------------------------------------------------------------------------------
+# --- pieces of texts with a hole -----------------------------------------------------------------------------------
 
 PRE, MID, SUF, EOT = 3, 4, 5, 6
 SPACE = 419  # on its own
@@ -206,7 +206,7 @@ def test_a_special_piece_in_text_is_spelled_in_place(code_tokenizer):
     assert code_tokenizer.encode("a <EOT> b", False, False) == [326, SPACE, 432, 76, 463, 441, 433, 283]
 
 
-# --- files that are not tokenizers -------------------------------------------------------------------------------
+# --- files that are not tokenizers ---------------------------------------------------------------------------------
 
 TIKTOKEN = "".join(f"{piece} {rank}\n" for rank, piece in enumerate(["IQ==", "Ig==", "Iw==", "JA==", "IHRoZQ=="]))
 

@@ -17,8 +17,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch) -> Terminal:
+def attach(monkeypatch) -> Terminal:
+    """A terminal in the place of standard error; pytest puts its own there between a fixture and its test."""
     terminal = Terminal()
     monkeypatch.setattr(progress.sys, "stderr", terminal)
     return terminal
@@ -32,7 +32,8 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def test_short_work_shows_nothing(terminal, clock):
+def test_short_work_shows_nothing(monkeypatch, clock):
+    terminal = attach(monkeypatch)
     line = Progress()
     clock[0] += 1.9
     line.show("half")
@@ -40,7 +41,8 @@ def test_short_work_shows_nothing(terminal, clock):
     assert terminal.getvalue() == ""
 
 
-def test_a_line_is_written_over_itself_and_wiped(terminal, clock):
+def test_a_line_is_written_over_itself_and_wiped(monkeypatch, clock):
+    terminal = attach(monkeypatch)
     line = Progress()
     clock[0] += 2.1
     line.show("9 of 10 rows")
@@ -62,15 +64,17 @@ def test_no_terminal_no_line(monkeypatch, clock):
         assert stream is None or stream.getvalue() == ""
 
 
-def test_other_ranks_show_nothing(terminal, clock):
+def test_other_ranks_show_nothing(monkeypatch, clock):
+    terminal = attach(monkeypatch)
     line = Progress(shown=False)
     clock[0] += 9
     line.show("x")
     assert terminal.getvalue() == ""
 
 
-def test_a_long_call_says_how_far_it_is(terminal, clock, tokenizer):
+def test_a_long_call_says_how_far_it_is(monkeypatch, clock, tokenizer):
     """Each step takes a second: from the third on, rows done of all and tokens a second."""
+    terminal = attach(monkeypatch)
     model = build_model(PARAMS, random_weights(PARAMS))
     forward = model.forward
 

@@ -145,17 +145,19 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Let rows leave and enter, run one pass over prompts if any is left, then one token of every running row."""
+        """Let rows leave and enter, run one pass over prompts if any is left, then one token of each running row.
+
+        A row whose prompt comes through has its first token from that pass, and the second from the next step.
+        """
         self.slots.cache = self.model.own_cache()
         self.drop_cancelled()
         self.slots.enter()
+        self.slots.draw_together()
 
+        running = self.slots.running()
         filling = self.next_prompts()
         if filling:
             self.attempt(filling, self.prefill)
-
-        self.slots.draw_together()
-        running = self.slots.running()
         if running:
             self.attempt(running, self.decode)
 

@@ -149,7 +149,7 @@ def test_a_prompt_beside_running_rows_comes_in_short_passes(model, tokenizer, pa
     engine.submit(rows[1:])
     del passes[:]
     run(engine)
-    assert passes[:8] == [(1, 16), (1, 1), (1, 16), (1, 1), (1, 16), (1, 1), (1, 12), (2, 1)]
+    assert passes[:9] == [(1, 16), (1, 1), (1, 16), (1, 1), (1, 16), (1, 1), (1, 12), (1, 1), (2, 1)]
     for ended in rows:
         assert_alone(model, ended)
 

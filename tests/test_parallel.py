@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llama import ModelArgs
+from llama.loading import needed
 from support.checkpoints import write_checkpoint
 from support.launching import Job, launch, succeeded
 from support.models import BASE_PARAMS, random_weights
@@ -156,7 +157,7 @@ def test_each_rank_holds_its_share(pair):
     for name, (model, _) in CHECKPOINTS.items():
         args = ModelArgs(**MODELS[model], max_seq_len=48, max_batch_size=4)
         for results in pair.ranks:
-            assert tuple(results["held"][name]) == args.memory(4, 2)
+            assert tuple(results["held"][name]) == needed(args, 4, 2)
     assert [results["size"] for results in pair.ranks] == [[0, 2], [1, 2]]
 
 
@@ -274,7 +275,7 @@ def test_nothing_is_printed_on_standard_output(job):
     assert job.out == ""
 
 
-@pytest.mark.parametrize("name, count", [("alone", 7), ("pair", 1 + 7 + 2 + 7 + 3 + 2), ("four", 7 + 2 + 1 + 1)])
+@pytest.mark.parametrize("name, count", [("alone", 7), ("pair", 1 + 7 + 2 + 7 + 3 + 3), ("four", 7 + 2 + 1 + 1)])
 def test_only_the_first_rank_reports(request, name, count):
     lines = request.getfixturevalue(name).err.splitlines()
     assert len([line for line in lines if line.startswith("llama: ")]) == count

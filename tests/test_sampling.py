@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama import sampling
-from llama.sampling import log_probs, sample, sample_top_p
+from llama.sampling import Sampling, log_probs, sample, sample_top_p
 from support import reference
 
 FOUR = torch.log(torch.tensor([0.1, 0.4, 0.3, 0.2]))  # falling order: ids 1, 2, 3, 0
@@ -276,3 +276,48 @@ def test_a_sharp_distribution_is_not_sorted_whole(monkeypatch):
     assert sizes == [256, 256]
     sampling.sample(torch.zeros(2, 5000), torch.tensor([0.2, 0.8]), 0.7, 0.9)
     assert sizes[-1] == 5000
+
+
+def test_candidates_are_enough_only_where_they_hold_the_whole_nucleus():
+    """A nucleus of almost the whole vocabulary: half of it among the candidates is not enough."""
+    logits = torch.linspace(0, 1, 400)[None]
+    assert sampling.sample(logits, torch.tensor([0.95]), 1.0, 0.9).tolist() == [88]
+
+
+@pytest.mark.parametrize("temperature", [1e-46, 1e-40, 1e-30])
+def test_a_temperature_that_is_nothing_in_float32_is_greedy(temperature):
+    assert sampling.sample(FOUR[None], torch.tensor([0.99]), temperature).tolist() == [1]
+
+
+def test_min_p_drops_what_is_unlikely_beside_the_likeliest():
+    """Of 0.4, 0.3, 0.2 and 0.1 a share of 0.6 keeps the first two, 4/7 and 3/7."""
+    kept = sampling.keep_min_p(torch.tensor([0.4, 0.3, 0.2, 0.1]), 0.6)
+    assert kept.tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
+    found = [sampling.sample(FOUR[None], torch.tensor([u]), 1.0, min_p=0.6).item() for u in (0.0, 0.57, 0.58, 0.99)]
+    assert found == [1, 1, 2, 2]
+
+
+def test_rows_of_other_options_are_chosen_each_by_its_own():
+    options = [Sampling(temperature=0), Sampling(temperature=1, top_k=1), Sampling(temperature=1, top_p=1.0)]
+    ids = sampling.choose(FOUR.expand(3, 4), options, [0.99, 0.99, 0.99])
+    assert ids.tolist() == [1, 1, 0]
+
+
+def test_adjusting_leaves_the_given_logits_alone():
+    logits = torch.zeros(4)
+    options = Sampling(logit_bias={2: 3.0}, presence_penalty=1.0, frequency_penalty=0.5)
+    adjusted = sampling.adjust(logits, options, [3, 3, 1, 1, 0], [1, 1, 0])
+    assert adjusted.tolist() == [-1.5, -2.0, 3.0, 0.0]
+    assert logits.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("returned", [None, torch.zeros(3), torch.zeros(1, 4), [0.0] * 4])
+def test_a_processor_that_returns_something_else_is_named(returned):
+    with pytest.raises(ValueError, match=r"^logits_processor returned .*; it must return logits of \(4,\)"):
+        sampling.adjust(torch.zeros(4), Sampling(logits_processor=lambda ids, logits: returned), [1], [])
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
+def test_a_processor_that_leaves_no_token_is_told_so(value):
+    with pytest.raises(ValueError, match="left no token that can be chosen"):
+        sampling.adjust(torch.zeros(4), Sampling(logits_processor=lambda ids, logits: logits + value), [1], [])

@@ -257,3 +257,9 @@ def test_a_folder_is_not_a_tokenizer(tmp_path):
 
 def test_a_path_may_be_a_path(tokenizer_path):
     assert Tokenizer(tokenizer_path).n_words == Tokenizer(str(tokenizer_path)).n_words
+
+
+@pytest.mark.parametrize("outside", [-1, 480, 10**6])
+def test_an_id_outside_the_vocabulary_is_named(tokenizer, outside):
+    with pytest.raises(ValueError, match=rf"^Token id {outside} is outside the vocabulary of 480"):
+        tokenizer.decode([5, outside])

@@ -99,13 +99,13 @@ class Engine:
                     self.changed.wait()
                     continue
 
-                self.driven = True
-                self.changed.release()
                 try:
+                    self.driven = True
+                    self.changed.release()
                     self.step()
                 finally:
+                    self.driven = False  # first: Ctrl-C may end the waiting for the others
                     self.changed.acquire()
-                    self.driven = False
                     self.changed.notify_all()
 
     def have_news(self, rows: Sequence[Row]) -> bool:

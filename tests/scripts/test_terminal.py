@@ -99,6 +99,14 @@ class Person:
         while waiting:
             waiting = waiting[os.write(self.keyboard, waiting[:512]) :]
 
+    def settle(self) -> None:
+        """Wait until the chat sleeps: between prompt and reading, a signal shows only at the next key."""
+        asleep = 0
+        while asleep < 50:
+            state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            asleep = asleep + 1 if state == "S" else 0
+            os.sched_yield()
+
     def ask(self, *keys: str) -> str:
         """Type a question and wait for the next prompt; return what was on the screen between."""
         self.press(*keys, ENTER)
@@ -189,6 +197,7 @@ def test_ctrl_c_cuts_answers_and_twice_at_the_prompt_leaves(folder, tmp_path, ra
         person.press("never mind", CTRL_C)
         assert "Ctrl-C again" in person.wait_for(PROMPT)
         assert asked(person, tmp_path / "said.json") == ["Where is Anna?", "And Tom?"]
+        person.settle()
         person.press(CTRL_C)
         person.wait_for("Ctrl-C again")
         person.wait_for(PROMPT)

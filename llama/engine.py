@@ -253,8 +253,9 @@ class Engine:
             targets = row.prompt[begin + 1 : begin + 1 + len(of_row)]
             if targets:
                 of_row = of_row[: len(targets)]
-                row.scores.logprobs[begin + 1 :] = log_probs(of_row, self.tensor(targets)).tolist()
-                row.scores.top[begin + 1 :] = self.alternatives(of_row, row.options.top_logprobs)
+                now = slice(begin + 1, begin + 1 + len(targets))  # a neighbour may be behind
+                row.scores.logprobs[now] = log_probs(of_row, self.tensor(targets)).tolist()
+                row.scores.top[now] = self.alternatives(of_row, row.options.top_logprobs)
 
     def begin(self, slot: int) -> bool:
         """Let a row whose prompt was scored give it out; return whether the row goes on."""

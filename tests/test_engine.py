@@ -174,6 +174,23 @@ def test_a_pass_that_computes_a_neighbours_ids_again_loses_none(model, tokenizer
         assert_alone(model, ended)
 
 
+def test_scores_stay_when_a_later_prompt_shares_the_pass(model, tokenizer, monkeypatch):
+    """The pass begins where the later prompt is; what it computes again of the other is not all that it has."""
+    monkeypatch.setattr(engine_module, "SCORED_LOGITS", 60 * 480)
+    engine = Engine(model, 480)
+    rows = [row(tokenizer, prompt(length), 0, echo=True, logprobs=True) for length in (90, 12)]
+    engine.submit(rows[:1])
+    engine.step()
+    engine.submit(rows[1:])
+    run(engine)
+
+    for ended in rows:
+        assert ended.error is None
+        expected = model(torch.tensor([ended.prompt])).detach()[0].log_softmax(-1)
+        of_ids = expected[torch.arange(len(ended.prompt) - 1), torch.tensor(ended.prompt[1:])]
+        assert ended.logprobs == pytest.approx([0.0, *of_ids.tolist()], abs=2e-4)
+
+
 # --- steps -------------------------------------------------------------------------------------------------------
 
 

@@ -71,7 +71,8 @@ class Engine:
             if not row.ended and not row.scores_prompt:
                 row.begin()
             if not row.ended:
-                groups.setdefault((row.scores_prompt, *row.prompt), []).append(row)
+                scored = (row.scores_prompt, row.scores_prompt and row.options.top_logprobs)
+                groups.setdefault((*scored, *row.prompt), []).append(row)
 
         self.submitted.extend(groups.values())
 

@@ -191,6 +191,15 @@ def test_scores_stay_when_a_later_prompt_shares_the_pass(model, tokenizer, monke
         assert ended.logprobs == pytest.approx([0.0, *of_ids.tolist()], abs=2e-4)
 
 
+def test_equal_prompts_get_as_many_alternatives_as_each_asked_for(model, tokenizer):
+    engine = Engine(model, 480)
+    rows = [row(tokenizer, prompt(9), 2, echo=True, logprobs=True, top_logprobs=count) for count in (1, 3, 0)]
+    engine.submit(rows)
+    run(engine)
+    for ended, count in zip(rows, (1, 3, 0), strict=True):
+        assert [len(top) for top in ended.top_logprobs] == [0] + [count] * (len(ended.ids) - 1)
+
+
 # --- steps -------------------------------------------------------------------------------------------------------
 
 

@@ -469,3 +469,20 @@ def test_seeds_are_drawn_in_the_order_of_arrival(model, tokenizer):
     for thread in threads:
         thread.join()
     assert sorted(found) == sorted(alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_gen_len": 0, "echo": True, "logprobs": True}])
+def test_a_row_has_ended_only_when_all_of_it_is_there(llama, monkeypatch, options):
+    """Another thread, which follows the row, may look at any moment: the end is the last thing that it may see."""
+    seen = []
+    release = Row.release
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.ended)
+        release(self, *args, **kwargs)
+        seen.append(self.ended)
+
+    monkeypatch.setattr(Row, "release", watched)
+    pieces = list(llama.stream([prompt(9)], **({"max_gen_len": 3, "temperature": 0} | options)))
+    assert pieces[-1].finish_reason == "length"
+    assert seen and not any(seen)

@@ -57,7 +57,7 @@ class Engine:
         )  # rows of equal prompts, by any thread, until the next step
 
         self.changed = threading.Condition()
-        self.driven = False
+        self.driver: int | None = None  # the thread that computes a step now
         self.thread: int | None = None
 
     # --- for callers ---
@@ -93,20 +93,28 @@ class Engine:
             self.wait_for(rows)
 
     def wait_for(self, rows: Sequence[Row]) -> None:
-        """Compute steps, or wait for the thread that does, until one of the rows has something new."""
+        """Compute steps, or wait for the thread that does, until one of the rows has something new.
+
+        Raises `RuntimeError` inside a step, whose end the thread that computes it cannot wait for.
+        """
+        caller = threading.get_ident()
         with self.changed:
             while not self.have_news(rows):
-                if self.driven:
+                if self.driver == caller:
+                    inside = "inside a call of the same model"
+                    advice = "a logits_processor or hook has to use another one"
+                    raise RuntimeError(f"The model was called {inside}; {advice}.")
+                if self.driver is not None:
                     self.changed.wait()
                     continue
 
-                self.driven = True
+                self.driver = caller
                 self.changed.release()
                 try:
                     self.step()
                 finally:
                     self.changed.acquire()
-                    self.driven = False
+                    self.driver = None
                     self.changed.notify_all()
 
     def have_news(self, rows: Sequence[Row]) -> bool:
@@ -124,7 +132,9 @@ class Engine:
             row.cancelled = not row.ended
 
         with self.changed:
-            if parallel.size() == 1 and not self.driven:
+            if self.driver is not None:
+                return
+            if parallel.size() == 1:
                 self.drop_cancelled()
             for slot, row in enumerate(self.slots.rows):
                 if row is not None and row.cancelled:

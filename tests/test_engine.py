@@ -486,3 +486,51 @@ def test_a_row_has_ended_only_when_all_of_it_is_there(llama, monkeypatch, option
     pieces = list(llama.stream([prompt(9)], **({"max_gen_len": 3, "temperature": 0} | options)))
     assert pieces[-1].finish_reason == "length"
     assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("kind", ["generate", "stream"])
+def test_a_call_inside_a_step_is_refused(llama, model, kind):
+    """It would wait for ever for the step that it is part of."""
+
+    def asks_the_model(ids, logits):
+        if kind == "generate":
+            llama.generate([prompt(4)], 2, temperature=0)
+        list(llama.stream([prompt(4)], 2, temperature=0))
+        return logits
+
+    errors = []
+
+    def work() -> None:
+        try:
+            llama.generate([prompt(5)], 3, temperature=0, logits_processor=asks_the_model)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert len(errors) == 1 and "inside a call of the same model" in errors[0]
+    (ids,), _ = llama.generate([prompt(5)], 3, temperature=0)
+    assert ids == alone(model, prompt(5), 3)[0]
+    assert llama.engine.slots.everybody() == []
+
+
+def test_cancelling_inside_a_step_waits_for_its_end(llama, model):
+    """A stream may be forgotten, and collected, in the thread that computes a step, or closed in any other."""
+    streams = [llama.stream([prompt(20 + n)], 30, temperature=0) for n in range(2)]
+    for stream in streams:
+        next(stream)
+    running = []
+
+    def closes_them(ids, logits):
+        streams[0].close()
+        thread = threading.Thread(target=streams[1].close)
+        thread.start()
+        thread.join()
+        running.append(len(model.own_cache().running))
+        return logits
+
+    (ids,), _ = llama.generate([prompt(5)], 3, temperature=0, logits_processor=closes_them)
+    assert ids == alone(model, prompt(5), 3)[0]
+    assert running == [3, 3, 1]  # the first step chooses twice
+    assert llama.engine.slots.everybody() == [] and model.own_cache().running == set()

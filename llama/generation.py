@@ -297,7 +297,7 @@ class Llama:
         """`n` rows for each prompt, which are numbered by their place in the call, or by `indices`.
 
         Completion j of prompt i is row i n + j. What follows the prompts `inside` goes on inside a text. Raises
-        `ValueError` for a prompt that does not fit.
+        `ValueError` for a prompt that does not fit, or a bias of an id that there is not.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             found = (
@@ -307,6 +307,11 @@ class Llama:
         indices = range(len(prompts)) if indices is None else indices
         for index, prompt in zip(indices, prompts, strict=True):
             check_prompt(index, prompt, self.model.vocab_size, self.model.params.max_seq_len)
+
+        highest = max(options.logit_bias or [0])
+        if highest >= self.tokenizer.n_words:
+            allowed = f"ids from 0 to {self.tokenizer.n_words - 1}"
+            raise ValueError(f"logit_bias holds {highest}; the vocabulary has {allowed}.")
 
         seed = self.next_seed(options)
         rows = []

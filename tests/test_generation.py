@@ -1116,3 +1116,18 @@ def test_a_wrong_n(llama, n):
     for call in (lambda: llama.generate([[1, 5]], 3, n=n), lambda: llama.text_completion(["a"], n=n)):
         with pytest.raises(ValueError, match=r"^n is .*integer of at least 1\.$"):
             call()
+
+
+@pytest.mark.parametrize("bias", [{10**6: 1.0}, {5: math.inf}, {5: math.nan}])
+def test_a_bias_that_cannot_be_added_is_refused_before_anything_is_computed(llama, monkeypatch, bias):
+    monkeypatch.setattr(llama.engine, "submit", None)
+    with pytest.raises(ValueError, match="logit_bias holds"):
+        llama.generate([[1, 5]], 3, logit_bias=bias)
+
+
+def test_a_bias_of_the_last_id(llama):
+    last = llama.tokenizer.n_words - 1
+    (ids,), _ = llama.generate([[1, 5]], 3, temperature=0, logit_bias={last: 1000.0})
+    assert ids == [last] * 3
+    with pytest.raises(ValueError, match=f"logit_bias holds {last + 1}"):
+        llama.generate([[1, 5]], 3, logit_bias={0: 1.0, last + 1: 1.0})

@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from llama import sampling
 from llama.generation import Llama
+from llama.predictions import prediction
 from llama.prompts import UNSAFE_ERROR, encode_dialog
+from llama.rows import Row
+from llama.sampling import Sampling
 from support import reference
 from support.checkpoints import write_checkpoint
 from support.models import as_float64, build_model, random_weights, shape_of
@@ -1131,3 +1134,17 @@ def test_a_bias_of_the_last_id(llama):
     assert ids == [last] * 3
     with pytest.raises(ValueError, match=f"logit_bias holds {last + 1}"):
         llama.generate([[1, 5]], 3, logit_bias={0: 1.0, last + 1: 1.0})
+
+
+def test_an_echo_of_ids_that_only_the_model_knows(tokenizer):
+    params = PARAMS | {"vocab_size": tokenizer.n_words + 20}
+    llama = Llama(build_model(params, random_weights(params)), tokenizer)
+    ids = [1, tokenizer.n_words + 9, tokenizer.n_words]
+    (found,), _ = llama.generate([ids], 0, echo=True)
+    assert found == ids
+    pieces = list(llama.stream([ids], 2, 0, logprobs=True, echo=True, top_logprobs=2))
+    assert pieces[0].text == "\ufffd\ufffd" and pieces[0].ids == ids
+
+    row = Row(ids, Sampling(max_gen_len=0, logprobs=True, echo=True).checked(), tokenizer, room=5)
+    llama.finish([row])
+    assert prediction(tokenizer, row, row.text)["tokens"] == ["", "\ufffd", "\ufffd"]

@@ -89,8 +89,8 @@ class Row:
         room: int,
         uniforms: Sequence[float] = (),
     ):
-        self.prompt = list(prompt)
-        self.context = list(prompt)
+        self.prompt = [int(id) for id in prompt]  # they may be numpy's
+        self.context = list(self.prompt)
         self.options = options
         self.index = index
         self.uniforms = uniforms

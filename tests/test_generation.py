@@ -1148,3 +1148,12 @@ def test_an_echo_of_ids_that_only_the_model_knows(tokenizer):
     row = Row(ids, Sampling(max_gen_len=0, logprobs=True, echo=True).checked(), tokenizer, room=5)
     llama.finish([row])
     assert prediction(tokenizer, row, row.text)["tokens"] == ["", "\ufffd", "\ufffd"]
+
+
+def test_prompts_of_numpy_integers(llama):
+    """What comes back are plain integers, which can be written as JSON."""
+    ids = [1, 40, 41, 42]
+    expected = llama.generate([ids], 4, 0, logprobs=True, echo=True)
+    found = llama.generate([[np.int64(id) for id in ids]], 4, 0, logprobs=True, echo=True)
+    assert found == expected
+    assert {type(id) for id in found[0][0]} == {int}

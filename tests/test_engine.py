@@ -534,3 +534,54 @@ def test_cancelling_inside_a_step_waits_for_its_end(llama, model):
     assert ids == alone(model, prompt(5), 3)[0]
     assert running == [3, 3, 1]  # the first step chooses twice
     assert llama.engine.slots.everybody() == [] and model.own_cache().running == set()
+
+
+# --- another model than before -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["in place", "assigned", "through data"])
+def test_keys_of_other_weights_are_not_gone_on_from(llama, model, change):
+    llama.generate([prompt(30)], 5, temperature=0)
+    weights = random_weights(PARAMS, seed=4)
+    if change == "through data":
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name]
+    else:
+        model.load_state_dict(weights, assign=change == "assigned")
+    (ids,), (logprobs,) = llama.generate([prompt(30)], 8, temperature=0, logprobs=True)
+    expected, of_expected = alone(model, prompt(30), len(ids))
+    assert ids == expected and logprobs == pytest.approx(of_expected, abs=2e-4)
+
+
+def test_keys_of_other_weights_do_not_stay_with_rows_that_were_running(llama, model):
+    stream = llama.stream([prompt(30)], 5, temperature=0)
+    next(stream)
+    model.load_state_dict(random_weights(PARAMS, seed=4))
+    llama.generate([prompt(9)], 2, temperature=0)
+    list(stream)
+    (ids,), _ = llama.generate([prompt(30)], 8, temperature=0)
+    assert ids == alone(model, prompt(30), len(ids))[0]
+
+
+def test_a_prompt_is_still_gone_on_from_while_the_weights_stay(llama, passes):
+    llama.generate([prompt(30)], 5, temperature=0)
+    del passes[:]
+    llama.generate([prompt(30)], 5, temperature=0)
+    assert passes[0] == (1, 1)
+
+
+def test_a_model_may_be_moved_between_calls(llama, model):
+    llama.generate([prompt(30)], 5, temperature=0)
+    model.double()
+    (ids,), _ = llama.generate([prompt(30)], 5, temperature=0)
+    assert ids == alone(model, prompt(30), 5)[0]
+
+
+def test_a_model_that_is_moved_during_a_call_ends_the_call(llama, model):
+    stream = llama.stream([prompt(30)], 9, temperature=0)
+    next(stream)
+    model.double()
+    with pytest.raises(RuntimeError, match="moved during a call"):
+        list(stream)
+    (ids,), _ = llama.generate([prompt(30)], 5, temperature=0)
+    assert ids == alone(model, prompt(30), 5)[0]

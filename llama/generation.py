@@ -274,6 +274,7 @@ class Llama:
 
         A `logits_processor` stays on the first rank, where ids are chosen.
         """
+        self.engine.check_thread()
         options = options.checked()
         sent = (wanted, dataclasses.replace(options, logits_processor=None))
         wanted, agreed = parallel.broadcast_object(sent, self.device)

@@ -585,3 +585,11 @@ def test_a_model_that_is_moved_during_a_call_ends_the_call(llama, model):
         list(stream)
     (ids,), _ = llama.generate([prompt(30)], 5, temperature=0)
     assert ids == alone(model, prompt(30), 5)[0]
+
+
+def test_another_thread_at_several_ranks_is_refused_before_ranks_meet(llama, monkeypatch):
+    monkeypatch.setattr(engine_module.parallel, "size", lambda: 2)
+    llama.engine.thread = threading.get_ident() + 1
+    for call in (llama.generate, llama.stream):
+        with pytest.raises(RuntimeError, match="one thread calls the model"):
+            call([prompt(5)], 3)

@@ -8,7 +8,6 @@ This module knows neither what a token means nor HTTP.
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections import deque
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama import parallel
-from llama.cache import Window
+from llama.cache import Window, versions
 from llama.device import dtype_name
 from llama.model import Transformer
 from llama.rows import Alternatives, Row
@@ -53,7 +52,6 @@ class Engine:
         self.compiled = compiled
 
         self.slots = Slots(model.own_cache())
-        self.weights = versions(model)
         self.submitted: deque[list[Row]] = (
             deque()
         )  # rows of equal prompts, by any thread, until the next step
@@ -103,9 +101,8 @@ class Engine:
         with self.changed:
             while not self.have_news(rows):
                 if self.driver == caller:
-                    inside = "inside a call of the same model"
                     advice = "a logits_processor or hook has to use another one"
-                    raise RuntimeError(f"The model was called {inside}; {advice}.")
+                    raise RuntimeError(f"The model was called inside its own step; {advice}.")
                 if self.driver is not None:
                     self.changed.wait()
                     continue
@@ -160,7 +157,9 @@ class Engine:
     def step(self) -> None:
         """Let rows leave and enter, run one pass over prompts if any is left, then one token of every running row."""
         self.drop_cancelled()
-        self.look_at_model()
+        self.slots.use(self.model.own_cache())
+        if self.slots.waiting and self.slots.free_slots():
+            self.slots.forget_others(versions(self.model))
         self.slots.enter()
 
         filling = self.next_prompts()
@@ -179,25 +178,6 @@ class Engine:
 
         if parallel.size() == 1:
             self.slots.drop([row for row in self.slots.everybody() if row.cancelled])
-
-    def look_at_model(self) -> None:
-        """Take the model as it is now: keys of other weights, or in another cache, are worth nothing."""
-        cache = self.model.own_cache()
-        if cache is not self.slots.cache:
-            for slot in self.slots.seated():
-                advice = "move it when none is open"
-                self.slots.fail(slot, RuntimeError(f"The model was moved during a call; {advice}."))
-            self.slots.cache = cache
-
-        # Weights can be trained or replaced between calls. To look at all of them pays only for new rows.
-        if not self.slots.waiting or not self.slots.free_slots():
-            return
-        weights = versions(self.model)
-        if weights != self.weights:
-            for slot in self.slots.free_slots():
-                cache.ids[slot].clear()
-            if not self.slots.seated():  # else they leave keys of the old weights behind
-                self.weights = weights
 
     def attempt(self, slots: list[int], work: Callable[[list[int]], None]) -> None:
         """Run some work on slots; if it raises, the rows in them fail, and others go on."""
@@ -449,16 +429,3 @@ class Engine:
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
-
-
-def versions(model: Transformer) -> list[tuple[int, ...]]:
-    """Which tensors the weights are, where they lie, and how often each was changed in place.
-
-    torch does not count what is written through `.data`.
-    """
-    found = []
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        place = tensor.data_ptr() if tensor.layout == torch.strided else 0
-        count = 0 if tensor.is_inference() else tensor._version
-        found.append((id(tensor), place, count))
-    return found

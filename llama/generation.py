@@ -301,9 +301,8 @@ class Llama:
         `ValueError` for a prompt that does not fit, or a bias of an id that there is not.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            found = (
-                "a string; encode it first" if isinstance(prompts, str) else type(prompts).__name__
-            )
+            kind = type(prompts).__name__
+            found = "a string; encode it first" if kind == "str" else kind
             raise ValueError(f"Prompts must come as a list of lists of token ids, not as {found}.")
         indices = range(len(prompts)) if indices is None else indices
         for index, prompt in zip(indices, prompts, strict=True):
@@ -311,8 +310,8 @@ class Llama:
 
         highest = max(options.logit_bias or [0])
         if highest >= self.tokenizer.n_words:
-            allowed = f"ids from 0 to {self.tokenizer.n_words - 1}"
-            raise ValueError(f"logit_bias holds {highest}; the vocabulary has {allowed}.")
+            last = self.tokenizer.n_words - 1
+            raise ValueError(f"logit_bias holds {highest}; ids go from 0 to {last}.")
 
         seed = self.next_seed(options)
         rows = []

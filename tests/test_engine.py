@@ -509,7 +509,7 @@ def test_a_call_inside_a_step_is_refused(llama, model, kind):
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(timeout=60)
-    assert len(errors) == 1 and "inside a call of the same model" in errors[0]
+    assert len(errors) == 1 and "inside its own step" in errors[0]
     (ids,), _ = llama.generate([prompt(5)], 3, temperature=0)
     assert ids == alone(model, prompt(5), 3)[0]
     assert llama.engine.slots.everybody() == []

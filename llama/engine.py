@@ -177,7 +177,9 @@ class Engine:
             self.slots.queue(self.submitted.popleft())
 
         if parallel.size() == 1:
-            self.slots.drop([row for row in self.slots.everybody() if row.cancelled])
+            cancelled = [row for row in self.slots.everybody() if row.cancelled]
+            if cancelled:
+                self.slots.drop(cancelled)
 
     def attempt(self, slots: list[int], work: Callable[[list[int]], None]) -> None:
         """Run some work on slots; if it raises, the rows in them fail, and others go on."""

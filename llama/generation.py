@@ -376,10 +376,10 @@ class Llama:
         self.engine.submit(rows)
         try:
             for _ in self.engine.follow(rows):
-                done = sum(row.ended for row in rows)
-                tokens = sum(len(row.context) - len(row.prompt) for row in rows)
-                speed = tokens / max(progress.seconds, 1e-9)
-                progress.show(f"llama: {done} of {len(rows)} rows done, {speed:.1f} tokens/s")
+                if progress.due():  # to count is work where thousands of rows wait
+                    done = sum(row.ended for row in rows)
+                    speed = sum(len(row.generated) for row in rows) / progress.seconds
+                    progress.show(f"llama: {done} of {len(rows)} rows done, {speed:.1f} tokens/s")
                 for row in rows:
                     row.pieces.clear()
         finally:

@@ -275,6 +275,31 @@ def test_a_step_that_is_interrupted_can_be_taken_again(model, tokenizer, monkeyp
     assert_alone(model, ended)
 
 
+def test_an_idle_slot_does_not_make_a_step_longer(model, tokenizer, monkeypatch):
+    """However much it holds: only running rows decide how many positions are looked at."""
+    engine = Engine(model, 480)
+    rows = [row(tokenizer, prompt(5 + n), 2 if n == 2 else 40) for n in range(5)]
+    rows[2] = row(tokenizer, prompt(70), 2)
+    for arriving in (rows[:1], rows[1:2], rows[2:3], rows[3:]):
+        engine.submit(arriving)
+        engine.step()
+    assert rows[2].ended and len(model.own_cache().ids[2]) > 70
+    lengths = []
+    window = model.own_cache().window
+
+    def watched(first, count, length):
+        lengths.append((first, count, length))
+        return window(first, count, length)
+
+    monkeypatch.setattr(model.own_cache(), "window", watched)
+    longest = max(len(one.context) for one in rows if not one.ended)
+    engine.step()
+    assert lengths == [(0, 5, longest)]
+    run(engine)
+    for ended in rows:
+        assert_alone(model, ended)
+
+
 # --- leaving -----------------------------------------------------------------------------------------------------
 
 

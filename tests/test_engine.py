@@ -79,7 +79,8 @@ def alone(model, ids: list[int], length: int) -> tuple[list[int], list[float]]:
 
 
 def assert_alone(model, ended: Row) -> None:
-    """What a row yielded is what it yields alone."""
+    """A row came to its end, and what it yielded is what it yields alone."""
+    assert ended.error is None and ended.finish_reason is not None
     ids, logprobs = alone(model, ended.prompt, len(ended.generated))
     assert ended.generated == ids
     if ended.options.logprobs:

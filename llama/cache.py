@@ -5,12 +5,15 @@ Letters for shapes as in `model.py`. This module knows nothing of the network, n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Versions = list[tuple[int, ...]]  # of a model's weights, see `versions`
 
 
 @dataclass
@@ -78,3 +81,16 @@ class Window(NamedTuple):
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+
+def versions(model: nn.Module) -> Versions:
+    """Which tensors a model's weights are, where they lie, and how often each was changed in place.
+
+    torch does not count what is written through `.data`.
+    """
+    found = []
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        place = tensor.data_ptr() if tensor.layout == torch.strided else 0
+        count = 0 if tensor.is_inference() else tensor._version
+        found.append((id(tensor), place, count))
+    return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama import parallel
-from llama.cache import Window
+from llama.cache import Window, versions
 from llama.device import dtype_name
 from llama.model import Transformer
 from llama.rows import Alternatives, Row
@@ -57,7 +57,7 @@ class Engine:
         )  # rows of equal prompts, by any thread, until the next step
 
         self.changed = threading.Condition()
-        self.driven = False
+        self.driver: int | None = None  # the thread that computes a step now
         self.thread: int | None = None
 
     # --- for callers ---
@@ -71,7 +71,8 @@ class Engine:
             if not row.ended and not row.scores_prompt:
                 row.begin()
             if not row.ended:
-                groups.setdefault((row.scores_prompt, *row.prompt), []).append(row)
+                scored = (row.scores_prompt, row.scores_prompt and row.options.top_logprobs)
+                groups.setdefault((*scored, *row.prompt), []).append(row)
 
         self.submitted.extend(groups.values())
 
@@ -92,19 +93,26 @@ class Engine:
             self.wait_for(rows)
 
     def wait_for(self, rows: Sequence[Row]) -> None:
-        """Compute steps, or wait for the thread that does, until one of the rows has something new."""
+        """Compute steps, or wait for the thread that does, until one of the rows has something new.
+
+        Raises `RuntimeError` inside a step, whose end the thread that computes it cannot wait for.
+        """
+        caller = threading.get_ident()
         with self.changed:
             while not self.have_news(rows):
-                if self.driven:
+                if self.driver == caller:
+                    advice = "a logits_processor or hook has to use another one"
+                    raise RuntimeError(f"The model was called inside its own step; {advice}.")
+                if self.driver is not None:
                     self.changed.wait()
                     continue
 
                 try:
-                    self.driven = True
+                    self.driver = caller
                     self.changed.release()
                     self.step()
                 finally:
-                    self.driven = False  # first: Ctrl-C may end the waiting for the others
+                    self.driver = None  # first: Ctrl-C may end the waiting for the others
                     self.changed.acquire()
                     self.changed.notify_all()
 
@@ -123,7 +131,9 @@ class Engine:
             row.cancelled = not row.ended
 
         with self.changed:
-            if parallel.size() == 1 and not self.driven:
+            if self.driver is not None:
+                return
+            if parallel.size() == 1:
                 self.drop_cancelled()
             for slot, row in enumerate(self.slots.rows):
                 if row is not None and row.cancelled:
@@ -149,8 +159,10 @@ class Engine:
 
         A row whose prompt comes through has its first token from that pass, and the second from the next step.
         """
-        self.slots.cache = self.model.own_cache()
         self.drop_cancelled()
+        self.slots.use(self.model.own_cache())
+        if self.slots.waiting and self.slots.free_slots():
+            self.slots.forget_others(versions(self.model))
         self.slots.enter()
         self.slots.draw_together()
 
@@ -167,7 +179,9 @@ class Engine:
             self.slots.queue(self.submitted.popleft())
 
         if parallel.size() == 1:
-            self.slots.drop([row for row in self.slots.everybody() if row.cancelled])
+            cancelled = [row for row in self.slots.everybody() if row.cancelled]
+            if cancelled:
+                self.slots.drop(cancelled)
 
     def attempt(self, slots: list[int], work: Callable[[list[int]], None]) -> None:
         """Run some work on slots; if it raises, the rows in them fail, and others go on."""
@@ -255,8 +269,9 @@ class Engine:
             targets = row.prompt[begin + 1 : begin + 1 + len(of_row)]
             if targets:
                 of_row = of_row[: len(targets)]
-                row.scores.logprobs[begin + 1 :] = log_probs(of_row, self.tensor(targets)).tolist()
-                row.scores.top[begin + 1 :] = self.alternatives(of_row, row.options.top_logprobs)
+                now = slice(begin + 1, begin + 1 + len(targets))  # a neighbour may be behind
+                row.scores.logprobs[now] = log_probs(of_row, self.tensor(targets)).tolist()
+                row.scores.top[now] = self.alternatives(of_row, row.options.top_logprobs)
 
     def begin(self, slot: int) -> bool:
         """Let a row whose prompt was scored give it out; return whether the row goes on."""

@@ -274,6 +274,7 @@ class Llama:
 
         A `logits_processor` stays on the first rank, where ids are chosen.
         """
+        self.engine.check_thread()
         options = options.checked()
         sent = (wanted, dataclasses.replace(options, logits_processor=None))
         wanted, agreed = parallel.broadcast_object(sent, self.device)
@@ -297,16 +298,20 @@ class Llama:
         """`n` rows for each prompt, which are numbered by their place in the call, or by `indices`.
 
         Completion j of prompt i is row i n + j. What follows the prompts `inside` goes on inside a text. Raises
-        `ValueError` for a prompt that does not fit.
+        `ValueError` for a prompt that does not fit, or a bias of an id that there is not.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            found = (
-                "a string; encode it first" if isinstance(prompts, str) else type(prompts).__name__
-            )
+            kind = type(prompts).__name__
+            found = "a string; encode it first" if kind == "str" else kind
             raise ValueError(f"Prompts must come as a list of lists of token ids, not as {found}.")
         indices = range(len(prompts)) if indices is None else indices
         for index, prompt in zip(indices, prompts, strict=True):
             check_prompt(index, prompt, self.model.vocab_size, self.model.params.max_seq_len)
+
+        highest = max(options.logit_bias or [0])
+        if highest >= self.tokenizer.n_words:
+            last = self.tokenizer.n_words - 1
+            raise ValueError(f"logit_bias holds {highest}; ids go from 0 to {last}.")
 
         seed = self.next_seed(options)
         rows = []
@@ -371,10 +376,10 @@ class Llama:
         self.engine.submit(rows)
         try:
             for _ in self.engine.follow(rows):
-                done = sum(row.ended for row in rows)
-                tokens = sum(len(row.context) - len(row.prompt) for row in rows)
-                speed = tokens / max(progress.seconds, 1e-9)
-                progress.show(f"llama: {done} of {len(rows)} rows done, {speed:.1f} tokens/s")
+                if progress.due():  # to count is work where thousands of rows wait
+                    done = sum(row.ended for row in rows)
+                    speed = sum(len(row.generated) for row in rows) / progress.seconds
+                    progress.show(f"llama: {done} of {len(rows)} rows done, {speed:.1f} tokens/s")
                 for row in rows:
                     row.pieces.clear()
         finally:

@@ -45,12 +45,17 @@ def score(tokenizer: Tokenizer, row: Row) -> Score:
     """The row's tokens, each decoded alone, with what was asked for about them; nothing if nothing was."""
     found: Score = {}
     if row.options.logprobs or row.options.top_logprobs:
-        found["tokens"] = [tokenizer.decode(id) for id in row.ids]
+        found["tokens"] = [text_of(tokenizer, id) for id in row.ids]
     if row.options.logprobs:
         found["logprobs"] = row.logprobs
     if row.options.top_logprobs:
         found["top_logprobs"] = []
         for likeliest in row.top_logprobs:
-            decoded = [(tokenizer.decode(id), logprob) for id, logprob in likeliest]
+            decoded = [(text_of(tokenizer, id), logprob) for id, logprob in likeliest]
             found["top_logprobs"].append(decoded)
     return found
+
+
+def text_of(tokenizer: Tokenizer, id: int) -> str:
+    """An id decoded alone; U+FFFD for one in a prompt that only the model knows."""
+    return tokenizer.decode(id) if id < tokenizer.n_words else "\ufffd"

@@ -19,12 +19,15 @@ class Progress:
     def seconds(self) -> float:
         return time.perf_counter() - self.started
 
+    def due(self) -> bool:
+        """Whether the line would be written now."""
+        return self.shown and time.perf_counter() >= self.next
+
     def show(self, text: str) -> None:
         """Write the line, at most four times a second."""
-        now = time.perf_counter()
-        if not self.shown or now < self.next:
+        if not self.due():
             return
-        self.next = now + 0.25
+        self.next = time.perf_counter() + 0.25
         print(f"\r{text:<{self.width}}", end="", file=sys.stderr, flush=True)
         self.width = len(text)
 

@@ -89,8 +89,8 @@ class Row:
         room: int,
         uniforms: Sequence[float] = (),
     ):
-        self.prompt = list(prompt)
-        self.context = list(prompt)
+        self.prompt = [int(id) for id in prompt]  # they may be numpy's
+        self.context = list(self.prompt)
         self.options = options
         self.index = index
         self.uniforms = uniforms
@@ -176,13 +176,16 @@ class Row:
             self.release()
 
     def end(self, reason: FinishReason) -> None:
-        """Give out all that is left: bytes that wait for the rest of their character become U+FFFD each."""
-        self.finish_reason = reason
+        """Give out all that is left: bytes that wait for the rest of their character become U+FFFD each.
+
+        The reason is set last. Whoever follows the row in another thread takes it as the sign that all is there.
+        """
         self.tail += self.decoder.flush()
         for token in self.incomplete:
             token.end = len(self.text) + len(self.tail)
         self.incomplete = []
-        self.release()
+        self.release(len(self.tail), reason)
+        self.finish_reason = reason
 
     def refuse(self, text: str) -> None:
         """End before anything is computed, with a text in place of an answer."""
@@ -235,9 +238,6 @@ class Row:
 
     def possible_stop(self) -> int:
         """How many of the last characters may be the beginning of a stop string."""
-        if self.finish_reason:
-            return 0
-
         longest = 0
         for string in self.stop_strings:
             for length in range(min(len(string) - 1, len(self.tail)), longest, -1):
@@ -246,8 +246,11 @@ class Row:
                     break
         return longest
 
-    def release(self, characters: int | None = None) -> None:
-        """Make certain what no later id can change, or so many characters, and put it into `pieces`."""
+    def release(self, characters: int | None = None, reason: FinishReason | None = None) -> None:
+        """Make certain what no later id can change, or so many characters, and put it into `pieces`.
+
+        `reason` is given with a row's last piece.
+        """
         if characters is None:
             characters = len(self.tail) - self.possible_stop()
         text = self.tail[:characters]
@@ -269,6 +272,6 @@ class Row:
         self.logprobs += logprobs
         self.top_logprobs += [token.top for token in tokens]
 
-        if ids or text or self.finish_reason:  # a row with nothing new is silent
+        if ids or text or reason:  # a row with nothing new is silent
             given = logprobs if self.options.logprobs else None
-            self.pieces.append(Piece(self.index, ids, text, given, self.finish_reason))
+            self.pieces.append(Piece(self.index, ids, text, given, reason))

@@ -121,12 +121,12 @@ class Sampling:
     def check_bias(self) -> None:
         if self.logit_bias is None:
             return
-        allowed = "a dictionary from token ids to numbers, or None"
+        allowed = "a dictionary from token ids to numbers (-inf bans an id), or None"
         if not isinstance(self.logit_bias, Mapping):
             raise ValueError(f"logit_bias is {self.logit_bias!r}; it must be {allowed}.")
 
         for id, bias in self.logit_bias.items():
-            if not (is_integer(id) and id >= 0 and is_number(bias) and not math.isnan(bias)):
+            if not (is_integer(id) and id >= 0 and is_number(bias) and bias < math.inf):
                 raise ValueError(f"logit_bias holds {id!r}: {bias!r}; it must be {allowed}.")
 
     def checked_stop(self) -> tuple[str | int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llama.cache import KVCache
+from llama.cache import KVCache, Versions
 from llama.rows import Row
 
 WORTH_SHARING = (
@@ -35,6 +35,7 @@ class Slots:
 
     def __init__(self, cache: KVCache):
         self.cache = cache
+        self.weights: Versions | None = None  # of which the keys are
         size = len(cache.ids)
         self.rows: list[Row | None] = [None] * size
         self.waiting: list[Row] = []
@@ -75,6 +76,26 @@ class Slots:
         for group in self.followers.values():
             rows += group
         return rows
+
+    # --- what slots hold ---
+
+    def use(self, cache: KVCache) -> None:
+        """Sit in this cache from now on. Rows that sat in another have lost their keys, and fail."""
+        if cache is self.cache:
+            return
+        for slot in self.seated():
+            advice = "move it when none is open"
+            self.fail(slot, RuntimeError(f"The model was moved during a call; {advice}."))
+        self.cache = cache
+
+    def forget_others(self, weights: Versions) -> None:
+        """Let no new row go on from keys of other weights, which were trained or replaced since."""
+        if weights == self.weights:
+            return
+        for slot in self.free_slots():
+            self.cache.ids[slot].clear()
+        if not self.seated():  # else those will leave such keys behind
+            self.weights = weights
 
     # --- entering ---
 

@@ -135,11 +135,15 @@ class IncrementalDecoder:
 
     def __init__(self, tokenizer: Tokenizer, begun: bool = False):
         self.sp_model = tokenizer.sp_model
+        self.n_words = tokenizer.n_words
         self.begun = begun  # whether a piece with text has come; from then on a space at a piece's front is text
         self.bytes = b""  # the bytes of a character that is not complete
 
     def feed(self, id: int) -> str:
-        """The characters that this id completes."""
+        """The characters that this id completes; U+FFFD for an id that only the model knows."""
+        if id >= self.n_words:
+            self.begun = True
+            return self.flush() + "\ufffd"
         if self.sp_model.is_byte(id):
             self.begun = True
             self.bytes += bytes.fromhex(self.sp_model.id_to_piece(id)[3:-1])  # of "<0x0A>"

@@ -79,7 +79,8 @@ def alone(model, ids: list[int], length: int) -> tuple[list[int], list[float]]:
 
 
 def assert_alone(model, ended: Row) -> None:
-    """What a row yielded is what it yields alone."""
+    """A row came to its end, and what it yielded is what it yields alone."""
+    assert ended.error is None and ended.finish_reason is not None
     ids, logprobs = alone(model, ended.prompt, len(ended.generated))
     assert ended.generated == ids
     if ended.options.logprobs:
@@ -174,6 +175,32 @@ def test_a_pass_that_computes_a_neighbours_ids_again_loses_none(model, tokenizer
         assert_alone(model, ended)
 
 
+def test_scores_stay_when_a_later_prompt_shares_the_pass(model, tokenizer, monkeypatch):
+    """The pass begins where the later prompt is; what it computes again of the other is not all that it has."""
+    monkeypatch.setattr(engine_module, "SCORED_LOGITS", 60 * 480)
+    engine = Engine(model, 480)
+    rows = [row(tokenizer, prompt(length), 0, echo=True, logprobs=True) for length in (90, 12)]
+    engine.submit(rows[:1])
+    engine.step()
+    engine.submit(rows[1:])
+    run(engine)
+
+    for ended in rows:
+        assert ended.error is None
+        expected = model(torch.tensor([ended.prompt])).detach()[0].log_softmax(-1)
+        of_ids = expected[torch.arange(len(ended.prompt) - 1), torch.tensor(ended.prompt[1:])]
+        assert ended.logprobs == pytest.approx([0.0, *of_ids.tolist()], abs=2e-4)
+
+
+def test_equal_prompts_get_as_many_alternatives_as_each_asked_for(model, tokenizer):
+    engine = Engine(model, 480)
+    rows = [row(tokenizer, prompt(9), 2, echo=True, logprobs=True, top_logprobs=count) for count in (1, 3, 0)]
+    engine.submit(rows)
+    run(engine)
+    for ended, count in zip(rows, (1, 3, 0), strict=True):
+        assert [len(top) for top in ended.top_logprobs] == [0] + [count] * (len(ended.ids) - 1)
+
+
 # --- steps -------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +274,31 @@ def test_a_step_that_is_interrupted_can_be_taken_again(model, tokenizer, monkeyp
             engine.step()
     run(engine)
     assert_alone(model, ended)
+
+
+def test_an_idle_slot_does_not_make_a_step_longer(model, tokenizer, monkeypatch):
+    """However much it holds: only running rows decide how many positions are looked at."""
+    engine = Engine(model, 480)
+    rows = [row(tokenizer, prompt(5 + n), 2 if n == 2 else 40) for n in range(5)]
+    rows[2] = row(tokenizer, prompt(70), 2)
+    for arriving in (rows[:1], rows[1:2], rows[2:3], rows[3:]):
+        engine.submit(arriving)
+        engine.step()
+    assert rows[2].ended and len(model.own_cache().ids[2]) > 70
+    lengths = []
+    window = model.own_cache().window
+
+    def watched(first, count, length):
+        lengths.append((first, count, length))
+        return window(first, count, length)
+
+    monkeypatch.setattr(model.own_cache(), "window", watched)
+    longest = max(len(one.context) for one in rows if not one.ended)
+    engine.step()
+    assert lengths == [(0, 5, longest)]
+    run(engine)
+    for ended in rows:
+        assert_alone(model, ended)
 
 
 # --- leaving -----------------------------------------------------------------------------------------------------
@@ -443,3 +495,127 @@ def test_seeds_are_drawn_in_the_order_of_arrival(model, tokenizer):
     for thread in threads:
         thread.join()
     assert sorted(found) == sorted(alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_gen_len": 0, "echo": True, "logprobs": True}])
+def test_a_row_has_ended_only_when_all_of_it_is_there(llama, monkeypatch, options):
+    """Another thread, which follows the row, may look at any moment: the end is the last thing that it may see."""
+    seen = []
+    release = Row.release
+
+    def watched(self, *args, **kwargs):
+        seen.append(self.ended)
+        release(self, *args, **kwargs)
+        seen.append(self.ended)
+
+    monkeypatch.setattr(Row, "release", watched)
+    pieces = list(llama.stream([prompt(9)], **({"max_gen_len": 3, "temperature": 0} | options)))
+    assert pieces[-1].finish_reason == "length"
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("kind", ["generate", "stream"])
+def test_a_call_inside_a_step_is_refused(llama, model, kind):
+    """It would wait for ever for the step that it is part of."""
+
+    def asks_the_model(ids, logits):
+        if kind == "generate":
+            llama.generate([prompt(4)], 2, temperature=0)
+        list(llama.stream([prompt(4)], 2, temperature=0))
+        return logits
+
+    errors = []
+
+    def work() -> None:
+        try:
+            llama.generate([prompt(5)], 3, temperature=0, logits_processor=asks_the_model)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert len(errors) == 1 and "inside its own step" in errors[0]
+    (ids,), _ = llama.generate([prompt(5)], 3, temperature=0)
+    assert ids == alone(model, prompt(5), 3)[0]
+    assert llama.engine.slots.everybody() == []
+
+
+def test_cancelling_inside_a_step_waits_for_its_end(llama, model):
+    """A stream may be forgotten, and collected, in the thread that computes a step, or closed in any other."""
+    streams = [llama.stream([prompt(20 + n)], 30, temperature=0) for n in range(2)]
+    for stream in streams:
+        next(stream)
+    running = []
+
+    def closes_them(ids, logits):
+        streams[0].close()
+        thread = threading.Thread(target=streams[1].close)
+        thread.start()
+        thread.join()
+        running.append(len(model.own_cache().running))
+        return logits
+
+    (ids,), _ = llama.generate([prompt(5)], 3, temperature=0, logits_processor=closes_them)
+    assert ids == alone(model, prompt(5), 3)[0]
+    assert running == [3, 3, 1]  # the first step chooses twice
+    assert llama.engine.slots.everybody() == [] and model.own_cache().running == set()
+
+
+# --- another model than before -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["in place", "assigned", "through data"])
+def test_keys_of_other_weights_are_not_gone_on_from(llama, model, change):
+    llama.generate([prompt(30)], 5, temperature=0)
+    weights = random_weights(PARAMS, seed=4)
+    if change == "through data":
+        for name, parameter in model.named_parameters():
+            parameter.data = weights[name]
+    else:
+        model.load_state_dict(weights, assign=change == "assigned")
+    (ids,), (logprobs,) = llama.generate([prompt(30)], 8, temperature=0, logprobs=True)
+    expected, of_expected = alone(model, prompt(30), len(ids))
+    assert ids == expected and logprobs == pytest.approx(of_expected, abs=2e-4)
+
+
+def test_keys_of_other_weights_do_not_stay_with_rows_that_were_running(llama, model):
+    stream = llama.stream([prompt(30)], 5, temperature=0)
+    next(stream)
+    model.load_state_dict(random_weights(PARAMS, seed=4))
+    llama.generate([prompt(9)], 2, temperature=0)
+    list(stream)
+    (ids,), _ = llama.generate([prompt(30)], 8, temperature=0)
+    assert ids == alone(model, prompt(30), len(ids))[0]
+
+
+def test_a_prompt_is_still_gone_on_from_while_the_weights_stay(llama, passes):
+    llama.generate([prompt(30)], 5, temperature=0)
+    del passes[:]
+    llama.generate([prompt(30)], 5, temperature=0)
+    assert passes[0] == (1, 1)
+
+
+def test_a_model_may_be_moved_between_calls(llama, model):
+    llama.generate([prompt(30)], 5, temperature=0)
+    model.double()
+    (ids,), _ = llama.generate([prompt(30)], 5, temperature=0)
+    assert ids == alone(model, prompt(30), 5)[0]
+
+
+def test_a_model_that_is_moved_during_a_call_ends_the_call(llama, model):
+    stream = llama.stream([prompt(30)], 9, temperature=0)
+    next(stream)
+    model.double()
+    with pytest.raises(RuntimeError, match="moved during a call"):
+        list(stream)
+    (ids,), _ = llama.generate([prompt(30)], 5, temperature=0)
+    assert ids == alone(model, prompt(30), 5)[0]
+
+
+def test_another_thread_at_several_ranks_is_refused_before_ranks_meet(llama, monkeypatch):
+    monkeypatch.setattr(engine_module.parallel, "size", lambda: 2)
+    llama.engine.thread = threading.get_ident() + 1
+    for call in (llama.generate, llama.stream):
+        with pytest.raises(RuntimeError, match="one thread calls the model"):
+            call([prompt(5)], 3)

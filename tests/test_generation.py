@@ -19,7 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from llama import sampling
 from llama.generation import Llama
+from llama.predictions import prediction
 from llama.prompts import UNSAFE_ERROR, encode_dialog
+from llama.rows import Row
+from llama.sampling import Sampling
 from support import reference
 from support.checkpoints import write_checkpoint
 from support.models import as_float64, build_model, random_weights, shape_of
@@ -1116,3 +1119,41 @@ def test_a_wrong_n(llama, n):
     for call in (lambda: llama.generate([[1, 5]], 3, n=n), lambda: llama.text_completion(["a"], n=n)):
         with pytest.raises(ValueError, match=r"^n is .*integer of at least 1\.$"):
             call()
+
+
+@pytest.mark.parametrize("bias", [{10**6: 1.0}, {5: math.inf}, {5: math.nan}])
+def test_a_bias_that_cannot_be_added_is_refused_before_anything_is_computed(llama, monkeypatch, bias):
+    monkeypatch.setattr(llama.engine, "submit", None)
+    with pytest.raises(ValueError, match="logit_bias holds"):
+        llama.generate([[1, 5]], 3, logit_bias=bias)
+
+
+def test_a_bias_of_the_last_id(llama):
+    last = llama.tokenizer.n_words - 1
+    (ids,), _ = llama.generate([[1, 5]], 3, temperature=0, logit_bias={last: 1000.0})
+    assert ids == [last] * 3
+    with pytest.raises(ValueError, match=f"logit_bias holds {last + 1}"):
+        llama.generate([[1, 5]], 3, logit_bias={0: 1.0, last + 1: 1.0})
+
+
+def test_an_echo_of_ids_that_only_the_model_knows(tokenizer):
+    params = PARAMS | {"vocab_size": tokenizer.n_words + 20}
+    llama = Llama(build_model(params, random_weights(params)), tokenizer)
+    ids = [1, tokenizer.n_words + 9, tokenizer.n_words]
+    (found,), _ = llama.generate([ids], 0, echo=True)
+    assert found == ids
+    pieces = list(llama.stream([ids], 2, 0, logprobs=True, echo=True, top_logprobs=2))
+    assert pieces[0].text == "\ufffd\ufffd" and pieces[0].ids == ids
+
+    row = Row(ids, Sampling(max_gen_len=0, logprobs=True, echo=True).checked(), tokenizer, room=5)
+    llama.finish([row])
+    assert prediction(tokenizer, row, row.text)["tokens"] == ["", "\ufffd", "\ufffd"]
+
+
+def test_prompts_of_numpy_integers(llama):
+    """What comes back are plain integers, which can be written as JSON."""
+    ids = [1, 40, 41, 42]
+    expected = llama.generate([ids], 4, 0, logprobs=True, echo=True)
+    found = llama.generate([[np.int64(id) for id in ids]], 4, 0, logprobs=True, echo=True)
+    assert found == expected
+    assert {type(id) for id in found[0][0]} == {int}

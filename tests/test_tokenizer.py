@@ -263,3 +263,11 @@ def test_a_path_may_be_a_path(tokenizer_path):
 def test_an_id_outside_the_vocabulary_is_named(tokenizer, outside):
     with pytest.raises(ValueError, match=rf"^Token id {outside} is outside the vocabulary of 480"):
         tokenizer.decode([5, outside])
+
+
+def test_ids_that_only_the_model_knows_are_unknown_characters(tokenizer):
+    """A model may have more ids than its tokenizer; a prompt that is echoed may hold them."""
+    decoder = IncrementalDecoder(tokenizer)
+    (half, *_) = [id for id in range(tokenizer.n_words) if tokenizer.sp_model.id_to_piece(id) == "<0xF0>"]
+    ids = [tokenizer.n_words, *tokenizer.encode("cup", bos=False, eos=False), half, tokenizer.n_words + 5]
+    assert "".join(decoder.feed(id) for id in ids) == "\ufffd cup\ufffd\ufffd"

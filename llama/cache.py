@@ -35,9 +35,8 @@ class KVCache:
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str
     ) -> KVCache:
         """An empty cache; `shape` is (L, B, K, S, D)."""
-        with torch.inference_mode(
-            False
-        ):  # a tensor made in that mode could not be written to outside of it
+        # A tensor that is made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
             k = torch.zeros(tuple(shape), dtype=dtype, device=device)
             v = torch.zeros(tuple(shape), dtype=dtype, device=device)
         return cls(k, v, ids=[[] for _ in range(shape[1])], running=set())
@@ -50,7 +49,7 @@ class KVCache:
         return Window(keys, values)
 
     def forget(self, rows: int) -> None:
-        """Make the first rows unknown. Raises `RuntimeError` while somebody is generating."""
+        """Forget which ids the first `rows` rows hold. Raises `RuntimeError` while somebody is generating."""
         if self.running:
             raise RuntimeError(
                 "The model's cache is in use by a call that is still running; give another cache."

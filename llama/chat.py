@@ -1,6 +1,7 @@
 """A conversation in a terminal: questions in, answers as they come, and a few commands.
 
-Of the model this module knows that it streams. With several ranks, the first reads the terminal and the others follow.
+This module knows of the model only that it streams. With several ranks, the first reads the terminal and the others
+follow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llama.terminal import Terminal
 
 
 class Conversation:
-    """What was said so far, and how the model is to go on. Its cache keeps what one turn shares with the next."""
+    """What was said so far, and how the model is to go on. The model's cache keeps what a turn shares with the next."""
 
     def __init__(self, llama: Llama, name: str, system: str | None, options: Mapping[str, object]):
         self.llama = llama

@@ -1,10 +1,11 @@
 """Command lines of the scripts: a script hands its `main` to `run`, which gives it the flags and texts typed.
 
-fire reads the values and calls `main`. Ours are the help text, made of main's docstring, and that text stays as it was
-typed: fire by itself would read "a, b" as a pair, take the text after a switch for the switch's value, and run the
-whole script before it misses a flag that does not exist.
+fire reads the values and calls `main`. This module finds the flags itself and makes the help text of main's docstring,
+because fire would read the text "a, b" as a pair, take the text after a switch for the switch's value, and run the
+whole script before it notices a flag that does not exist.
 
-Nothing here imports torch before a model is wanted, so help and complaints come at once. Knows nothing of the engine.
+Nothing here imports torch before a model is wanted, so help and errors in flags come at once. This module knows nothing
+of the engine.
 """
 
 from __future__ import annotations
@@ -39,11 +40,8 @@ SWITCHES = {
 }
 KINDS = {int: "a whole number", float: "a number", bool: "yes or no"}
 PLACEHOLDERS = {int: "NUMBER", float: "NUMBER", str: "TEXT"}
-WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = (
-    2,
-    130,
-    141,
-)  # exit statuses, the last two as a shell gives them
+# Exit statuses, the last two as a shell gives them.
+WRONG_USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 RULE = "\n==================================\n"
 
 
@@ -68,9 +66,8 @@ def run(main: Callable[..., None]) -> None:
 def open_streams() -> None:
     """Give closed standard streams the null device, and let a console that lacks a character show "?"."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if (
-            getattr(sys, name) is None
-        ):  # opened in this order, each gets the number of the stream it stands for
+        # Opened in this order, each gets the number of the stream that it stands for.
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (for as long as the process lives)
     sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="replace")

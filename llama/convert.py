@@ -69,9 +69,8 @@ class Source:
         with torch.device("meta"):
             model = Transformer(self.args)
         self.shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-        self.matrices = {
-            name: empty_matrix(model, name, quantize) for name in self.shapes
-        }  # None: stays plain
+        # The quantized matrix of each tensor, None for one that stays plain.
+        self.matrices = {name: empty_matrix(model, name, quantize) for name in self.shapes}
         if expect_quantized(model, self.checkpoint):
             raise ValueError(f"{folder} is quantized; convert the original that it was made from.")
 
@@ -377,9 +376,8 @@ def hf_config(source: Source) -> dict[str, Any]:
 
 def main() -> None:
     sys.tracebacklimit = 0  # a wrong argument ends in its one sentence
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # an exception, so that the partial folder is removed
+    # Ended by an exception, so that the partial folder is removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     # A wrong flag: fire would name it only after the work is done.
     parameters = inspect.signature(convert).parameters

@@ -113,9 +113,8 @@ def survives(action: Callable[[], object]) -> bool:
     """
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # about other threads: the child does not need them
+        # A warning about other threads, which the child does not need.
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         try_and_leave(action, writer)
@@ -131,9 +130,8 @@ def survives(action: Callable[[], object]) -> bool:
     # Whatever happened, Ctrl-C included, no child and no open file stay behind.
     finally:
         os.close(reader)
-        with contextlib.suppress(
-            ProcessLookupError, ChildProcessError
-        ):  # where the system collects dead children
+        # Where the system collects dead children, there may be none left.
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
 
@@ -143,9 +141,8 @@ def try_and_leave(action: Callable[[], object], writer: int) -> NoReturn:
     try:
         import resource  # not on Windows
 
-        resource.setrlimit(
-            resource.RLIMIT_CORE, (0, 0)
-        )  # its death is no reason to write a core file
+        # The child's death is no reason to write a core file.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         faulthandler.disable()  # nor to print a stack
         torch.set_num_threads(1)  # threads do not outlive a fork
         action()

@@ -1,7 +1,8 @@
 """`Engine`: rows of text run through a model, and enter and leave between any two steps.
 
-A step is one pass over prompts, if some are not through yet, so long that it pays and so short that running rows are
-not stalled; then one pass that computes the next token of every running row. Both are the same call of the model.
+A step has two passes, each of them one call of the model. The first computes the next tokens of prompts that are not
+through yet, if there are any: enough of them to be worth a pass, and few enough not to stall the rows that run. The
+second computes the next token of every running row.
 
 This module knows neither what a token means nor HTTP.
 """
@@ -28,16 +29,15 @@ PREFILL_TOKENS = 2048  # tokens of all rows in one pass over prompts: bounds the
 PREFILL_BESIDE = 512  # the same while other rows are running, who wait for the pass
 SHORTEST_PASS = 64  # positions in one pass, unless fewer are left: shorter ones cost as much
 SCORED_LOGITS = 2**24  # logits of prompt tokens held at once: 64 MB in float32
-LEAVES = -1  # in place of an id that the first rank sends: the row was cancelled there
-FAILED = -2  # the row's logits_processor raised there
+LEAVES = -1  # sent by the first rank in place of an id: the row was cancelled there
+FAILED = -2  # in place of an id: the row's logits_processor raised an error on the first rank
 
-Step = Callable[
-    [Tensor, Tensor, Window], Tensor
-]  # of ids (B, 1), positions (B,) and their window -> (B, 1, V)
+# From ids (B, 1), their positions (B,) and their window of the cache to logits (B, 1, V).
+Step = Callable[[Tensor, Tensor, Window], Tensor]
 
 
 class Engine:
-    """Rows in, one token of each a step.
+    """Takes in the rows of any calls, and computes one token of each running row a step.
 
     `submit` and `cancel` may be called from any thread. `step` computes; `follow` calls it for whoever waits for rows,
     one thread at a time. `vocabulary` is how many ids the tokenizer knows: others are never chosen. `compiled` is a
@@ -52,9 +52,8 @@ class Engine:
         self.compiled = compiled
 
         self.slots = Slots(model.own_cache())
-        self.submitted: deque[list[Row]] = (
-            deque()
-        )  # rows of equal prompts, by any thread, until the next step
+        # Rows that any thread submitted since the last step, in lists of rows with equal prompts.
+        self.submitted: deque[list[Row]] = deque()
 
         self.changed = threading.Condition()
         self.driver: int | None = None  # the thread that computes a step now
@@ -79,8 +78,8 @@ class Engine:
     def follow(self, rows: Sequence[Row]) -> Iterator[None]:
         """Yield whenever some of the rows may have pieces, until all have ended. Raises a row's error.
 
-        Whoever waits drives the engine, one thread at a time, for all rows that are in it. Whoever follows rows
-        cancels them in the end, so that none is left behind.
+        Of the threads that wait here, one computes steps for all rows of the engine, and the others sleep until it has
+        done one. The caller has to cancel its rows at the end, so that none is left behind.
         """
         while True:
             ended = all(row.ended for row in rows)
@@ -174,7 +173,10 @@ class Engine:
             self.attempt(running, self.decode)
 
     def drop_cancelled(self) -> None:
-        """Queue what was submitted; without other ranks to ask, let cancelled rows go."""
+        """Queue the submitted rows, so that the cancelled ones are among those of the slots; then drop these.
+
+        At several ranks `agree` drops them, when the first rank says so.
+        """
         for _ in range(len(self.submitted)):
             self.slots.queue(self.submitted.popleft())
 
@@ -295,7 +297,7 @@ class Engine:
         """Feed each row's last id, and choose the next.
 
         The pass covers all slots from the first to the last of them. Any other slot between them is fed an id that
-        it holds, at the position where it holds it, which changes nothing.
+        it holds, at the position where it holds it, which changes nothing; a slot that holds none is fed id 0.
         """
         held = self.slots.cache.ids
         contexts = {slot: self.slots.rows[slot].context for slot in slots}
@@ -345,7 +347,9 @@ class Engine:
     def choose(self, slots: list[int], logits: Tensor) -> None:
         """Give each row the id that its options choose from its logits (B, V), the first rank's on all ranks."""
         rows = [self.slots.rows[slot] for slot in slots]
-        known = logits[:, : self.vocabulary]  # rows beyond the tokenizer have no text: never chosen
+        known = logits[
+            :, : self.vocabulary
+        ]  # ids that the tokenizer lacks have no text: never chosen
         failures: dict[int, Exception] = {}
 
         # Choose.
@@ -361,7 +365,7 @@ class Engine:
         finite = logits.isfinite().all(-1)
         facts = torch.stack(
             (ids.float(), logprobs, finite.float())
-        ).tolist()  # ids below 2^24 are exact
+        ).tolist()  # ids are exact to 2^24
         top = self.alternatives(logits, max(row.options.top_logprobs for row in rows))
 
         # Let the rows take it.

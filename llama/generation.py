@@ -48,11 +48,12 @@ Value = TypeVar("Value")
 
 
 class Llama:
-    """Text from a model.
+    """A model with its tokenizer: texts, dialogs or ids in, their continuations out.
 
-    Any thread may call, and several at once: their prompts share the rows of the model's cache, and each gets what it
-    would get alone. At several ranks the same calls are made on each, by one thread. Calls without a `seed` continue
-    one sequence of seeds, in the order in which they arrive; each group of ranks that shares a model has its own.
+    Any thread may call, and several may at once: their prompts share the rows of the model's cache, and each call gets
+    what it would get alone. At several ranks the same calls are made on each, by one thread. Calls without a `seed`
+    continue one sequence of seeds, in the order in which they arrive; each group of ranks that shares a model has its
+    own sequence.
     """
 
     def __init__(
@@ -124,9 +125,9 @@ class Llama:
 
         A row ends at the EOS id, at a `stop` string or id, after `max_gen_len` tokens (None: no limit of its own), or
         where `max_seq_len` is full; neither EOS, nor a stop id, nor a token that touches a stop string is returned.
-        `temperature=0` takes the likeliest token. `help(llama.sampling.Sampling)` explains all options. The same
-        `seed` gives the same ids. Log-probabilities are natural, under the model's own distribution; `echo=True` puts
-        the prompt in front, its first token with 0.0.
+        `temperature=0` takes the likeliest token. The same `seed` gives the same ids. Log-probabilities are natural,
+        under the model's own distribution; `echo=True` puts the prompt in front, its first token with 0.0. The class
+        `Sampling` in `llama.sampling` explains all options.
 
         Raises `ValueError` for arguments out of range and prompts that do not fit, `RuntimeError` if the model
         computes numbers that are not finite.
@@ -149,7 +150,10 @@ class Llama:
         echo: bool = False,
         **options: Any,
     ) -> list[CompletionPrediction]:
-        """Continue each text. Arguments and errors as for `generate`."""
+        """Continue each text.
+
+        The class `Sampling` in `llama.sampling` explains the options. Errors as for `generate`.
+        """
         options = Sampling(temperature, top_p, max_gen_len, logprobs, echo, **options)
         texts, options = self.agree(prompts, options)
         rows = self.complete(self.encode_texts(texts), options)
@@ -167,10 +171,10 @@ class Llama:
         continue_final: bool = False,
         **options: Any,
     ) -> list[ChatPrediction]:
-        """Answer the last message of each dialog, or with `continue_final` go on with it. Otherwise as `generate`.
+        """Answer the last message of each dialog; with `continue_final`, continue that message instead.
 
-        A dialog in which a message holds a special tag is refused before anything is computed. Raises `ValueError`
-        for roles out of order, naming dialog and message.
+        Options and other errors as for `generate`. A dialog in which a message holds a special tag is refused before
+        anything is computed. Raises `ValueError` for roles out of order, naming dialog and message.
         """
         options = Sampling(temperature, top_p, max_gen_len, logprobs, False, **options)
         dialogs, options = self.agree(dialogs, options)
@@ -237,7 +241,7 @@ class Llama:
 
         Joined by row, the pieces are what `generate` and `text_completion` return: characters are whole, and what may
         begin a stop string waits. Arguments and errors as for `generate`; errors of arguments are raised by the call
-        itself, before the first piece. A stream that is closed, or no longer wanted, frees its rows.
+        itself, before the first piece. A stream that is closed, or to which nobody refers any more, frees its rows.
         """
         options = Sampling(temperature, top_p, max_gen_len, logprobs, echo, **options)
         prompt_tokens, options = self.agree(prompt_tokens, options)
@@ -255,7 +259,10 @@ class Llama:
         continue_final: bool = False,
         **options: Any,
     ) -> Iterator[Piece]:
-        """The same for dialogs. A refused one is a single piece: the text of the refusal, "refused" as reason."""
+        """Yield the answers of `chat_completion` piece by piece, as `stream` does.
+
+        A refused dialog is a single piece: `text` is the refusal, `finish_reason` is "refused".
+        """
         options = Sampling(temperature, top_p, max_gen_len, logprobs, False, **options)
         dialogs, options = self.agree(dialogs, options)
         return self.pieces(self.dialog_rows(dialogs, options, continue_final))
@@ -270,7 +277,7 @@ class Llama:
     # --- from arguments to rows ---
 
     def agree(self, wanted: Value, options: Sampling) -> tuple[Value, Sampling]:
-        """What the first rank was asked for, on all ranks, with the options checked.
+        """Check this rank's options; return what the first rank was asked for, with the first rank's options.
 
         A `logits_processor` stays on the first rank, where ids are chosen.
         """
@@ -295,10 +302,11 @@ class Llama:
         indices: Sequence[int] | None = None,
         inside: Collection[int] = (),
     ) -> list[Row]:
-        """`n` rows for each prompt, which are numbered by their place in the call, or by `indices`.
+        """Make `n` rows for each prompt: completion j of prompt i is row i n + j.
 
-        Completion j of prompt i is row i n + j. What follows the prompts `inside` goes on inside a text. Raises
-        `ValueError` for a prompt that does not fit, or a bias of an id that there is not.
+        The number i of a prompt is its place in `prompts`, or its entry in `indices`. `inside` are the numbers of the
+        prompts whose continuation goes on inside a text, so that a space at its beginning counts. Raises `ValueError`
+        for a prompt that does not fit, or a bias of an id that there is not.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             kind = type(prompts).__name__
@@ -326,7 +334,10 @@ class Llama:
         return rows
 
     def next_seed(self, options: Sampling) -> int:
-        """The seed that was given, else the next of this instance's sequence, the first rank's on all ranks."""
+        """The seed of a call: the one that was given, else the next of this instance's sequence, equal on all ranks.
+
+        Temperature 0 needs no seed, and takes none from the sequence.
+        """
         if options.seed is not None or options.temperature == 0:
             return options.seed or 0
         with self.drawing:
@@ -365,13 +376,13 @@ class Llama:
     # --- from rows to results ---
 
     def complete(self, prompts: Sequence[Sequence[int]], options: Sampling) -> list[Row]:
-        """Rows for the prompts, run to their end."""
+        """Make rows for the prompts, and run them to their end."""
         rows = self.make_rows(prompts, options)
         self.finish(rows)
         return rows
 
     def finish(self, rows: Sequence[Row]) -> None:
-        """Run rows to their end; what takes longer says how far it is."""
+        """Run rows to their end, and show on a terminal how far they are if that takes long."""
         progress = Progress(shown=parallel.world()[0] == 0)
         self.engine.submit(rows)
         try:
@@ -392,7 +403,7 @@ class Llama:
 
         def give_out() -> Iterator[Piece]:
             try:
-                yield  # taken below: a stream that nobody reads frees its rows, too, when it is closed
+                yield  # `next` below runs to here: so closing a stream of which nothing was read frees its rows too
                 for _ in self.engine.follow(rows):
                     for row in rows:
                         while row.pieces:

@@ -24,9 +24,7 @@ from llama.parallel import ColumnParallelLinear, RowParallelLinear
 
 GROUP = 32  # numbers of an int4 row that share a scale and a zero
 ROWS_AT_ONCE = 1024  # rows of a matrix that are quantized at once
-WRITTEN_OUT = (
-    2**21
-)  # numbers of a matrix that are written out at once on a processor: 8 MB in float32
+WRITTEN_OUT = 2**21  # numbers of a matrix that a processor writes out at once: 8 MB in float32
 ALL = slice(None)
 FIT_ROUNDS = 4  # of rounding and least squares by turns; each of them can only lower the error
 SMALLEST_SCALE = 1e-12  # of a row of zeros, which has no other

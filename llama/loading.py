@@ -31,8 +31,8 @@ from llama.formats.slicing import Checkpoint
 from llama.kernels import FORMATS, Quantized
 from llama.model import ModelArgs, Transformer
 
-LEAST_POSITIONS = 128  # of a smaller cache that is worth advising
-PADDING_ROWS = 128  # of an embedding beyond the tokenizer's ids: fewer are padding, more are tokens
+LEAST_POSITIONS = 128  # of a cache that an error message proposes
+PADDING_ROWS = 128  # an embedding with fewer rows beyond the tokenizer's ids is padded; with more, it has other tokens
 
 
 def join(model_parallel_size: int | None, device: str | torch.device | None) -> torch.device:
@@ -55,8 +55,8 @@ def load(
 ) -> Transformer:
     """This rank's share of the model in `source`, changed by the adapter in `lora`, with its cache, on `device`.
 
-    `n_words` is the size of the tokenizer's vocabulary: it stands in for one that the sizes leave open, and a
-    tokenizer that does not belong is refused by it. Errors as for `Llama.build`.
+    `n_words` is the size of the tokenizer's vocabulary. It is the model's too, where the sizes leave that open; a
+    tokenizer with more ids than the model has rows is refused. Errors as for `Llama.build`.
     """
     started = time.perf_counter()
 

@@ -243,9 +243,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, gather_output=True)
-        self.rope: tuple[Tensor, Tensor] | None = (
-            None  # no buffer: stays float32; made when it is needed
-        )
+        # Not a buffer, so that it stays float32; made when it is needed.
+        self.rope: tuple[Tensor, Tensor] | None = None
         self.cache: KVCache | None = None
 
     def own_cache(self) -> KVCache:
@@ -328,9 +327,8 @@ class Transformer(nn.Module):
         B, T = tokens.shape
         cos, sin = self.rotary(tokens.device)
 
-        if not isinstance(
-            cache, Window
-        ):  # whoever makes a window has counted the positions, and need not wait here
+        # Whoever makes a window has counted the positions, and need not wait for a device here.
+        if not isinstance(cache, Window):
             self.check_positions(positions, B, T)
         window = self.open(cache, B, cos.shape[0])
 
@@ -369,9 +367,8 @@ class Transformer(nn.Module):
         """The rotary table as `rotate` reads it, each part (max_seq_len, D), on the device."""
         if self.rope is None or self.rope[0].device != device:
             params = self.params
-            with torch.inference_mode(
-                False
-            ):  # a table made in that mode could not take part in training
+            # A table that is made in inference mode could not take part in training.
+            with torch.inference_mode(False):
                 cos, sin = paired(
                     *rotary_table(params.head_dim, params.max_seq_len, params.rope_theta)
                 )

@@ -1,7 +1,7 @@
 """Keyword arguments that all calls share, written once: as fields of `Sampling`.
 
 A call is declared with `**options`. `takes_options` gives it the whole signature, so that `help()`, notebooks and
-`typing.get_type_hints` show every keyword, and answers a keyword that does not exist.
+`typing.get_type_hints` show every keyword. A keyword that does not exist is refused with the one to write instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Call = TypeVar("Call", bound=Callable)
 # The options that the Llama 2 release has too. A call names those that it takes, in its own order.
 RELEASE = ("temperature", "top_p", "max_gen_len", "logprobs", "echo")
 
-# What other libraries call things, or do, and what to write here.
+# Keywords of other libraries, and what to write here in their place.
 ELSEWHERE = {
     "max_new_tokens": "max_gen_len",
     "max_tokens": "max_gen_len",
@@ -36,7 +36,7 @@ ELSEWHERE = {
 
 
 def takes_options(call: Call) -> Call:
-    """Give a method with `**options` one keyword for each newer field of `Sampling`."""
+    """Give a method with `**options` a keyword for each field of `Sampling` that the Llama 2 release does not have."""
     hints = typing.get_type_hints(Sampling)
     plain = inspect.signature(call)
     own = [p for p in plain.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

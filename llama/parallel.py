@@ -29,9 +29,7 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from fairscale.nn.model_parallel import mappings as fairscale_mappings
 from torch import Tensor, nn
 
-LARGE = (
-    2**17
-)  # a matrix of at least as many numbers may be multiplied the other way round, see `product`
+LARGE = 2**17  # numbers of the smallest matrix that `product` multiplies the other way round
 MKL = torch.backends.mkl.is_available()
 INIT_STD = 0.02  # standard deviation of a weight that no checkpoint fills, as for training from the beginning
 

@@ -1,4 +1,4 @@
-"""What calls return of their rows: dictionaries, with texts where ids have one."""
+"""What calls return: for each row a dictionary, in which tokens are texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class Score(TypedDict, total=False):
 
 
 class CompletionPrediction(Score, total=False):
-    """With what `Score` has where it was asked for; `full_text` is a filled hole with its prefix and suffix."""
+    """One completion, with those entries of `Score` that were asked for.
+
+    `full_text`, of `text_infilling` alone, is the prefix, the generation and the suffix.
+    """
 
     generation: str
     full_text: str
@@ -29,7 +32,10 @@ class CompletionPrediction(Score, total=False):
 
 
 class ChatPrediction(Score, total=False):
-    """The same of an answer; `refusal` says which message of a refused dialog holds which tag."""
+    """One answer, with those entries of `Score` that were asked for.
+
+    `refusal`, of a refused dialog alone, says which message holds which tag.
+    """
 
     generation: Message
     finish_reason: FinishReason

@@ -15,9 +15,8 @@ from llama.sampling import Sampling, is_integer
 from llama.tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["eos", "stop", "length", "refused", "cancelled"]
-Alternatives = list[
-    tuple[int, float]
-]  # the likeliest ids of one position, with their log-probabilities
+# The likeliest ids of one position, with their log-probabilities.
+Alternatives = list[tuple[int, float]]
 
 
 class Piece(NamedTuple):
@@ -107,7 +106,7 @@ class Row:
         self.pieces: deque[Piece] = deque()
         self.scores = Scores()
 
-        # What is not: text behind `text`, its tokens, and those of them whose character is incomplete.
+        # What is not certain yet: the text after `text`, its tokens, and those of them whose character is incomplete.
         self.tail = ""
         self.held: list[Token] = []
         self.incomplete: list[Token] = []

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 CANDIDATES = 256  # probabilities that are sorted first; all are where these do not hold the nucleus
-COOLEST = torch.finfo(
-    torch.float32
-).tiny  # a lower temperature is 0 in float32, and nothing divides by 0
+# A lower temperature is 0 in float32, and nothing divides by 0.
+COOLEST = torch.finfo(torch.float32).tiny
 
 
 def is_integer(value: object) -> bool:
@@ -141,7 +140,7 @@ class Sampling:
         return entries
 
     def changes_logits(self) -> bool:
-        """Whether a row's own history or wishes change its logits before any is chosen."""
+        """Whether these options change a row's logits, see `adjust`, before one of them is chosen."""
         penalized = self.presence_penalty or self.frequency_penalty
         return bool(self.logits_processor or self.logit_bias or penalized)
 

@@ -1,8 +1,8 @@
 """`Slots`: which row of text sits in which row of the cache, who enters next, and who leaves.
 
-What a slot's keys are is known from the ids that the cache notes for it. So a row's next ids to compute are always
-those of its context that its slot does not hold, and a free slot is worth the more to a new row the more ids at their
-beginnings agree. This module knows neither the model nor how ids are chosen.
+The cache notes, for each slot, the ids whose keys the slot holds. So what is left to compute of a row is its context
+beyond these ids, and a new row has the least to compute in the free slot that holds the longest beginning of its
+prompt. This module knows neither the model nor how ids are chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llama.cache import KVCache, Versions
 from llama.rows import Row
 
 WORTH_SHARING = (
-    16  # ids that a slot and a new prompt have in common, from which the slot is sought out
+    16  # first ids of a prompt: a free slot that holds at least as many is always taken for it
 )
 
 
@@ -108,8 +108,8 @@ class Slots:
     def enter(self) -> None:
         """Give free slots to waiting rows, in the order of their arrival.
 
-        A slot that holds the beginning of a row's prompt goes to that row. The others are taken least recently freed
-        first, and the longest prompts get the lowest of them: what is left after a pass is then slots side by side.
+        A slot that holds the beginning of a row's prompt goes to that row. The other rows get the least recently
+        freed slots, the longest prompt the lowest: prompts that are not through after a pass then lie side by side.
         """
         free = self.free_slots()
         entering = self.waiting[: len(free)]
@@ -130,7 +130,7 @@ class Slots:
             self.seat(row, slot)
 
     def holder(self, row: Row, free: list[int]) -> int | None:
-        """The free slot that holds most of a row's prompt, if that is half of it or worth a search."""
+        """The free slot that holds the longest beginning of a row's prompt; None if that is too short to matter."""
         shared = [self.sharable(slot, row) for slot in free]
         longest = max(shared)
         if longest == 0 or longest < min(WORTH_SHARING, len(row.prompt) // 2):
@@ -156,7 +156,10 @@ class Slots:
         self.taken[slot] = self.clock
 
     def join(self, slot: int) -> list[int]:
-        """Seat the rows that have the prompt of this slot, whose keys they get; return their slots."""
+        """Seat the followers of this slot's row, with copies of its prompt's keys; return their slots.
+
+        Those for whom no slot is free wait, first in the queue.
+        """
         leader = self.rows[slot]
         followers = self.followers.pop(leader, [])
         free = sorted(self.free_slots()[: len(followers)])

@@ -48,10 +48,8 @@ def find(folder: str | Path) -> Checkpoint:
 
     Raises `FileNotFoundError` or `ValueError` for a folder that is incomplete or holds something else.
     """
-    from llama.formats import (  # torch comes with them; `recognise` must be had without it
-        hugging_face,
-        meta,
-    )
+    # These two import torch, without which `recognise` has to work.
+    from llama.formats import hugging_face, meta
 
     folder = folder_path(folder, "ckpt_dir", "the weights")
     check_folder(folder)

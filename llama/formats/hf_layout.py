@@ -28,10 +28,8 @@ OUTSIDE = {
     "output": "lm_head",
 }
 
-HALF_SPLIT = (
-    "attention.wq.weight",
-    "attention.wk.weight",
-)  # ends of the names of matrices whose rows are reordered
+# Ends of the names of the matrices whose rows are reordered.
+HALF_SPLIT = ("attention.wq.weight", "attention.wk.weight")
 
 
 def hugging_face_names(n_layers: int) -> dict[str, str]:

@@ -30,7 +30,10 @@ REFUSED = ("attention_bias", "mlp_bias")
 
 @dataclass
 class HuggingFaceCheckpoint(Checkpoint):
-    """A folder in Hugging Face's layout. `config` is what `config.json` says, `names` the files' names by Meta's."""
+    """A folder in Hugging Face's layout.
+
+    `config` is what `config.json` says. `names` leads from Meta's name of each tensor to the name in the files.
+    """
 
     config: dict[str, Any] = field(kw_only=True)
     names: dict[str, str] = field(kw_only=True)

@@ -61,7 +61,7 @@ class Product:
 
 
 class Sum:
-    """The slice base + product, in float32: who asks for it rounds it, once."""
+    """The slice base + product, in float32: the caller rounds it, once."""
 
     dtype = torch.float32
 

@@ -10,7 +10,7 @@ from llama.formats.slicing import Checkpoint
 
 
 class MetaCheckpoint(Checkpoint):
-    """A folder in Meta's layout. A vocabulary that the sizes leave open (-1) is that of the opened embedding."""
+    """A folder in Meta's layout. `open` counts the embedding's rows where the sizes leave `vocab_size` open (-1)."""
 
     def open(self) -> None:
         self.shards = [open_pickle(path) for path in self.files]

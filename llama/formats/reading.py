@@ -17,10 +17,8 @@ from torch import Tensor
 from llama.formats.recognise import describe, refuse
 from llama.formats.slicing import DTYPES
 
-IGNORED = (
-    "rope.freqs",
-    "rotary_emb.inv_freq",
-)  # ends of names: rotary frequencies, which follow from the sizes
+# Ends of names: rotary frequencies, which follow from the sizes.
+IGNORED = ("rope.freqs", "rotary_emb.inv_freq")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,7 +75,7 @@ def unpickling_failed(error: Exception) -> str:
 
 
 def refuse_little_memory(error: Exception, path: Path) -> None:
-    """Raise `MemoryError` if that is what `error` says: the file may be whole. torch and the system have own words."""
+    """Raise `MemoryError` if that is what `error` says: the file itself may be whole."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         what = f"There is too little memory to open {path}"
         raise MemoryError(

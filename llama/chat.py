@@ -27,6 +27,10 @@ class Conversation:
         self.llama = llama
         self.name = name
         self.system = system
+        if system is not None and (
+            tag := find_special_tag([{"role": "system", "content": system}])
+        ):
+            raise ValueError(f"The system text holds {tag[1]!r}, a special tag; write it without.")
         self.options = options
         self.exchanges: list[Message] = []  # question, answer, question, answer, ...
         self.going = True

@@ -51,7 +51,8 @@ def check_prompt(index: int, prompt: Sequence[int], vocab_size: int, max_seq_len
     """Raise `ValueError` unless a prompt is a list of ids that the model knows, and fits."""
     if isinstance(prompt, str) or not isinstance(prompt, Sequence) or not prompt:
         allowed = "a list of token ids that begins with BOS"
-        raise ValueError(f"Prompt {index} is {prompt!r}; it must be {allowed}.")
+        advice = "; of one prompt, write [ids]" if is_integer(prompt) else ""
+        raise ValueError(f"Prompt {index} is {prompt!r}; it must be {allowed}{advice}.")
 
     for id in prompt:
         if not is_integer(id) or not 0 <= id < vocab_size:

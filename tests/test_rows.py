@@ -132,7 +132,7 @@ def test_a_refused_row_is_one_piece(tokenizer):
     [
         ([], "must be a list of token ids that begins with BOS"),
         ("text", "must be a list of token ids"),
-        (7, "must be a list of token ids"),
+        (7, r"must be a list of token ids that begins with BOS; of one prompt, write \[ids\]"),
         ([1, -1], "holds -1; token ids are integers from 0 to 9"),
         ([1, 10], "holds 10; token ids are integers from 0 to 9"),
         ([1, 2.0], "holds 2.0; token ids are"),

@@ -48,6 +48,7 @@ def before(tmp_path) -> Path:
 # --- cases -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_engine_is_measured_and_the_last_line_is_json(before):
     options = ["--dtype", "float32", "--prompts", "8,20", "--batches", "1,2", "--steps", "2", "--turns", "1", "--peers"]
     table, last = run([], [*options, "--formats", "plain,int8,int4", "--ragged", "--against", str(before)])
@@ -144,6 +145,7 @@ def test_one_process_where_one_is_needed(monkeypatch):
 # --- the queue ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_queue_is_measured_of_every_engine(before):
     options = ["--queue=5", "--layers", "1", "--dtype", "float32", "--steps", "2", "--turns", "1", "--peers"]
     table, last = run([], [*options, "--against", str(before)])

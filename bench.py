@@ -4,7 +4,7 @@ r"""How fast this machine runs a model, beside what the machine could do and, if
     python bench.py --shape 110m --dtype float32 --peers
     python bench.py --shape 1.1b --formats plain,int8,int4 --ragged
     python bench.py --shape 15m --against ../before  # this checkout beside another one, each in its own process
-    python bench.py --shape 110m --queue --peers     # more prompts than rows
+    python bench.py --shape 110m --queue 64 --peers  # more prompts than rows
     torchrun --standalone --nproc_per_node 2 bench.py --shape 15m
 
 Decoding reads every weight once for each token, so memory bandwidth bounds it; a prompt is bound by matrix products.
@@ -46,7 +46,6 @@ from llama.device import dtype_name
 
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
 FORMATS = ("plain", "compiled", *kernels.FORMATS)
-QUEUED = 64  # prompts
 RAGGED = (8, 64, 256, 512)  # tokens of each prompt
 COLUMNS = (
     "engine", "rows", "prompt", "first token, ms", "prefill, tokens/s", "of matrix", "prefill memory, MB",
@@ -68,7 +67,7 @@ def main(
     layers: int | None = None,
     peers: bool = False,
     against: str | None = None,
-    queue: bool | int = False,
+    queue: int = 0,
 ):
     """Print one table and one JSON line.
 
@@ -86,7 +85,7 @@ def main(
         layers: so many layers only, for figures that do not depend on their number.
         peers: also run transformers' LlamaForCausalLM (static cache, sdpa) and, on a CPU, llama.cpp; same weights.
         against: also run another checkout of this library, the folder of which this is; same weights.
-        queue: instead, 64 prompts (or so many) that wait for 8 rows, at random weights of the shape.
+        queue: instead, so many prompts (64 for figures to keep) that wait for 8 rows, at random weights of the shape.
     """
     plan = Plan(
         prompts=several(prompts),
@@ -97,7 +96,7 @@ def main(
         ragged=ragged,
         peers=peers,
         against=against,
-        queue=QUEUED if queue is True else queue,
+        queue=queue,
     )
     plan.check()
     if queue and ckpt_dir:
@@ -133,7 +132,7 @@ class Plan:
         """Raise `ValueError` for the first flag out of its range, or that does not go with how bench.py was started."""
         for name in ("prompts", "batches", "steps", "turns", "queue"):
             numbers = several(getattr(self, name))
-            if name == "queue" and numbers == (False,):
+            if name == "queue" and numbers == (0,):
                 continue
             if not all(isinstance(number, int) and number > 0 for number in numbers):
                 raise ValueError(f"{name} is {','.join(map(str, numbers))}; it must be positive integers.")

@@ -216,8 +216,11 @@ def system_memory() -> int | None:
         kilobytes = sizes["MemAvailable"].split()[0]
         return int(kilobytes) * 1024
     except (OSError, KeyError):
-        pass  # not Linux
+        return physical_memory()  # not Linux
 
+
+def physical_memory() -> int | None:
+    """Bytes of memory in this machine, None where the system does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -81,13 +81,15 @@ class Llama:
         quantize: str | None = None,
         lora: str | Path | None = None,
         compile: str | None = None,
+        pack: bool | None = None,
     ) -> Llama:
         """Open a checkpoint folder and make it ready to generate.
 
         Under `torchrun` the model is shared by `model_parallel_size` ranks (all by default), whatever the number of
         files. The cache holds `max_batch_size` rows of `max_seq_len` tokens. `lora` is the folder of an adapter, in
         PEFT's layout, to merge into the weights; `quantize` then keeps them as "int8" or "int4". With `compile`
-        "default" or "cudagraph", torch compiles the steps at their first use. Raises `FileNotFoundError` or
+        "default" or "cudagraph", torch compiles the steps at their first use. `pack` True keeps a copy of each matrix
+        in the layout that a processor multiplies fastest, False none, None where it pays. Raises `FileNotFoundError` or
         `ValueError` for files or arguments that are missing or wrong, `RuntimeError` if the memory does not suffice.
         """
         Sampling(seed=seed).checked()
@@ -101,7 +103,7 @@ class Llama:
         tokenizer = Tokenizer(tokenizer_path or formats.find_tokenizer(source.folder))
         limits = (max_seq_len, max_batch_size)
         with torch.inference_mode(False):  # weights made in that mode could never be trained
-            model = load(source, tokenizer.n_words, *limits, device, dtype, quantize, lora)
+            model = load(source, tokenizer.n_words, *limits, device, dtype, quantize, lora, pack)
         return Llama(model, tokenizer, seed=seed, compile=compile)
 
     @property
@@ -135,9 +137,8 @@ class Llama:
         options = Sampling(temperature, top_p, max_gen_len, logprobs, echo, **options)
         prompt_tokens, options = self.agree(prompt_tokens, options)
         rows = self.complete(prompt_tokens, options)
-        return [row.ids for row in rows], [
-            row.logprobs for row in rows
-        ] if options.logprobs else None
+        ids = [row.ids for row in rows]
+        return ids, [row.logprobs for row in rows] if options.logprobs else None
 
     @takes_options
     def text_completion(

@@ -30,6 +30,7 @@ from llama.formats.lora import Adapter
 from llama.formats.slicing import Checkpoint
 from llama.kernels import FORMATS, Quantized
 from llama.model import ModelArgs, Transformer
+from llama.packing import choose_packing, pack_matrices, packed_bytes
 
 LEAST_POSITIONS = 128  # of a cache that an error message proposes
 PADDING_ROWS = 128  # an embedding with fewer rows beyond the tokenizer's ids is padded; with more, it has other tokens
@@ -52,6 +53,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
     lora: str | Path | None = None,
+    pack: bool | None = None,
 ) -> Transformer:
     """This rank's share of the model in `source`, changed by the adapter in `lora`, with its cache, on `device`.
 
@@ -77,17 +79,21 @@ def load(
     plain = [name for name, _ in model.named_parameters()]
     stored = slicing.stored_dtype(source, plain, convert=dtype is not None)
     dtype = choose_dtype(dtype, stored, device)
-    check_memory(args, dtype, device, kind)
+    besides = sum(held(args, dtype.itemsize, kind, parallel.size()))
+    packing = choose_packing(model, dtype, device, kind, pack, max_batch_size, besides)
+    copies = packed_bytes(model, dtype, packing)
+    check_memory(args, dtype, device, kind, copies)
 
     # The numbers.
     adapter = None if lora is None else Adapter(lora, args.n_layers, args.head_dim)
     fill(model, share(model, source, adapter), device, dtype, quantize)
+    packing_took = pack_matrices(model, packing)
     model.own_cache()
     if parallel.world()[0] == 0:
-        print(
-            f"{summary(args, device, dtype, stored, kind)}, ready in {elapsed(started):.2f} s",
-            file=sys.stderr,
-        )
+        ready = f"ready in {elapsed(started):.2f} s"
+        if copies:
+            ready += f", {packing_took:.2f} of them to pack"
+        print(f"{summary(args, device, dtype, stored, kind, copies)}, {ready}", file=sys.stderr)
     return model
 
 
@@ -96,7 +102,12 @@ def elapsed(since: float) -> float:
 
 
 def summary(
-    args: ModelArgs, device: torch.device, dtype: torch.dtype, stored: torch.dtype, kind: str | None
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    kind: str | None,
+    copies: int,
 ) -> str:
     """What was loaded, for the line on standard error."""
     weights, cache = held(args, dtype.itemsize, kind, parallel.size())
@@ -105,7 +116,10 @@ def summary(
         form += f" with {kind} matrices"
     if dtype != stored:
         form += f" (stored as {dtype_name(stored)})"
-    sizes = f"weights {weights / 1e6:,.0f} MB and cache {cache / 1e6:,.0f} MB"
+    sizes = f"weights {weights / 1e6:,.0f} MB"
+    if copies:
+        sizes += f", packed copies {copies / 1e6:,.0f} MB"
+    sizes += f" and cache {cache / 1e6:,.0f} MB"
     if parallel.size() > 1:
         sizes += f" on each of {parallel.size()} ranks"
     return f"llama: {device}, {form}, {sizes}"
@@ -241,36 +255,50 @@ def needed(
 
 
 def check_memory(
-    args: ModelArgs, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+    args: ModelArgs,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+    copies: int = 0,
 ) -> None:
-    """Raise `RuntimeError`, naming values that fit, if weights and cache exceed the free memory of this device."""
+    """Raise `RuntimeError`, naming values that fit, if all that is held exceeds the free memory of this device.
+
+    That is the weights, `copies` bytes of packed copies, and the cache.
+    """
     free = free_memory(device)
     if free is None:
         return
     if device.type == "cpu":
         free //= parallel.local_world()[1]  # the ranks of a machine share its memory
     weights, cache = held(args, dtype.itemsize, quantize, parallel.size())
-    if weights + cache <= free:
+    if weights + copies + cache <= free:
         return
 
-    fits = what_fits(args, dtype, device, quantize, free)
+    fits = what_fits(args, dtype, device, quantize, free, packed=copies > 0)
     advice = (
         ", or ".join(fits) or "nothing, whatever max_batch_size, max_seq_len, dtype or quantize"
     )
+    more = f", {copies / 1e9:.2f} GB of packed copies" if copies else ""
     raise RuntimeError(
-        f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache in {quantize or dtype_name(dtype)} "
+        f"{weights / 1e9:.2f} GB of weights{more} and {cache / 1e9:.2f} GB of cache in {quantize or dtype_name(dtype)} "
         f"exceed the {free / 1e9:.2f} GB free for this process on {device}; what fits: {advice}."
     )
 
 
 def what_fits(
-    args: ModelArgs, dtype: torch.dtype, device: torch.device, quantize: str | None, free: int
+    args: ModelArgs,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None,
+    free: int,
+    packed: bool = False,
 ) -> list[str]:
     """The changes of arguments with which the model fits into `free` bytes, those that change least first."""
     ranks = parallel.size()
-    formats = {"": (dtype.itemsize, quantize)}
+    plain = "pack=False" if packed else ""
+    formats = {plain: (dtype.itemsize, quantize)}
     if dtype.itemsize > 2:
-        formats["dtype='bfloat16'"] = (2, quantize)
+        formats[f"{plain} with dtype='bfloat16'" if packed else "dtype='bfloat16'"] = (2, quantize)
     if quantize is None:
         for kind in FORMATS:
             formats[f"quantize='{kind}'"] = (dtype.itemsize, kind)

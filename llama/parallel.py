@@ -29,8 +29,6 @@ from fairscale.nn.model_parallel import layers as fairscale_layers
 from fairscale.nn.model_parallel import mappings as fairscale_mappings
 from torch import Tensor, nn
 
-LARGE = 2**17  # numbers of the smallest matrix that `product` multiplies the other way round
-MKL = torch.backends.mkl.is_available()
 INIT_STD = 0.02  # standard deviation of a weight that no checkpoint fills, as for training from the beginning
 
 
@@ -224,20 +222,11 @@ def hold(layer: nn.Module, rows: int, columns: int) -> None:
         nn.init.normal_(layer.weight, std=INIT_STD)
 
 
-def product(x: Tensor, weight: Tensor | nn.Module) -> Tensor:
-    """x W'. A quantized weight is a module and multiplies itself.
-
-    On a processor, MKL multiplies 16 to 32 rows by a large float32 matrix 1.2 to 1.6 times faster the other way
-    round, as (W x')'.
-    """
+def product(layer: nn.Module, x: Tensor, weight: Tensor | nn.Module) -> Tensor:
+    """x W'. A quantized weight is a module and multiplies itself; a plain one is multiplied as its layer does it."""
     if isinstance(weight, nn.Module):
         return weight(x)
-
-    rows = x.numel() // x.shape[-1]
-    faster = MKL and 16 <= rows <= 32 and weight.numel() >= LARGE
-    if faster and x.is_cpu and x.dtype == torch.float32:
-        return (weight @ x.flatten(0, -2).T).T.contiguous().unflatten(0, x.shape[:-1])
-    return F.linear(x, weight)
+    return layer.multiply(x, weight)
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
@@ -250,6 +239,8 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     Where there are fewer things to share out than ranks, `copies` neighbouring ranks hold the same rows, counted that
     many times in `out_features`: two key-value heads of dimension 64 on four ranks are 256 features in two copies.
     """
+
+    multiply = staticmethod(F.linear)  # how a plain weight is multiplied
 
     def __init__(
         self, in_features: int, out_features: int, gather_output: bool = False, copies: int = 1
@@ -265,10 +256,11 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out / ranks), or (..., out) if gathered."""
         weight = self.weight
-        if self.copies > 1 and isinstance(weight, Tensor) and torch.is_grad_enabled():
+        shared = self.copies > 1 and isinstance(weight, Tensor) and weight.requires_grad
+        if shared and torch.is_grad_enabled():
             weight = SharedCopy.apply(weight, self.copies)
 
-        y = product(share_input(x), weight)
+        y = product(self, share_input(x), weight)
         if self.gather_output:
             return gather_features(y)[..., : self.out_features]
         return y
@@ -276,6 +268,8 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
     """x W' with the columns of W, the input features, shared out: each rank has its share of x, and gets the sum."""
+
+    multiply = staticmethod(F.linear)  # how a plain weight is multiplied
 
     def __init__(self, in_features: int, out_features: int):
         nn.Module.__init__(self)
@@ -287,7 +281,7 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in / ranks) -> (..., out)."""
-        return add_up(product(x, self.weight))
+        return add_up(product(self, x, self.weight))
 
 
 class ParallelEmbedding(fairscale_layers.ParallelEmbedding):

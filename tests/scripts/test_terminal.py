@@ -102,7 +102,7 @@ class Person:
     def settle(self) -> None:
         """Wait until the chat sleeps: between prompt and reading, a signal shows only at the next key."""
         asleep = 0
-        while asleep < 50:
+        while asleep < 100:
             state = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0]
             asleep = asleep + 1 if state == "S" else 0
             os.sched_yield()
@@ -194,13 +194,16 @@ def test_ctrl_c_cuts_answers_and_twice_at_the_prompt_leaves(folder, tmp_path, ra
             person.wait_for(" ")
             person.press(CTRL_C)
             assert "(interrupted)" in person.wait_for(PROMPT)
-        person.press("never mind", CTRL_C)
+        person.press("never mind")
+        person.settle()
+        person.press(CTRL_C)
         assert "Ctrl-C again" in person.wait_for(PROMPT)
         assert asked(person, tmp_path / "said.json") == ["Where is Anna?", "And Tom?"]
         person.settle()
         person.press(CTRL_C)
         person.wait_for("Ctrl-C again")
         person.wait_for(PROMPT)
+        person.settle()
         person.press(CTRL_C)
         assert person.end() == 0
         assert "Traceback" not in person.seen

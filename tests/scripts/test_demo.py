@@ -172,6 +172,7 @@ def test_faults_change_the_encoding_and_nothing_else_does(tokenizer):
 # The training step
 
 
+@pytest.mark.slow
 def test_batches_hold_every_sequence_once_and_padding_is_not_learned(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAMPLES", 200)
     monkeypatch.setattr(train, "DRILLS", 300)

@@ -31,7 +31,7 @@ def prompt(length: int) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", compiling.MODES)  # without a GPU the same, but each has its own way through torch
-def test_compiled_steps_choose_what_eager_ones_do(model, tokenizer, capfd, monkeypatch, mode):
+def test_compiled_steps_choose_what_eager_ones_do(model, tokenizer, capfd, mode):
     prompts = [prompt(5), prompt(12)]
     eager = Llama(model, tokenizer)
     compiled = Llama(model, tokenizer, compile=mode)
@@ -39,8 +39,8 @@ def test_compiled_steps_choose_what_eager_ones_do(model, tokenizer, capfd, monke
     assert compiled.generate(prompts, 12, temperature=0) == eager.generate(prompts, 12, temperature=0)
     assert "llama: compiled a step of 2 rows and 16 positions in" in capfd.readouterr().err
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    assert compiled.generate(prompts[:1], 3, temperature=0) == eager.generate(prompts[:1], 3, temperature=0)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert compiled.generate(prompts[:1], 3, temperature=0) == eager.generate(prompts[:1], 3, temperature=0)
     pairs = zip(compiled.score(["a b"]), eager.score(["a b"]), strict=True)
     assert all(one["logprobs"] == pytest.approx(other["logprobs"], abs=1e-5) for one, other in pairs)
 

@@ -99,7 +99,6 @@ def main(
     how = {"device": device, "dtype": dtype, "quantize": quantize, "lora": lora, "compile": compile}
     rows = 1 if interactive else max_batch_size
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, rows, seed=seed, **how)
-    cli.announce_compiling(compile)
     if interactive:
         parts = [Path(ckpt_dir).resolve().name, lora and f"adapter {Path(lora).name}", quantize]
         talk(llama, ", ".join(filter(None, parts)), system, options, questions)

@@ -79,7 +79,6 @@ def main(
 
     how = {"device": device, "dtype": dtype, "quantize": quantize, "lora": lora, "compile": compile}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **how)
-    cli.announce_compiling(compile)
 
     prompt_tokens = [llama.tokenizer.encode(text, bos=True, eos=False) for text in texts]
     cli.show_rows(llama.stream(prompt_tokens, echo=True, **options), live=stream)

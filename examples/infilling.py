@@ -80,7 +80,6 @@ def main(
 
     how = {"device": device, "dtype": dtype, "quantize": quantize, "lora": lora, "compile": compile}
     llama = Llama.build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, **how)
-    cli.announce_compiling(compile)
 
     prefixes, suffixes = zip(*(program.split(HOLE) for program in PROGRAMS), strict=True)
     results = llama.text_infilling(prefixes, suffixes, suffix_first=suffix_first, **options)

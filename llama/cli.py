@@ -340,16 +340,6 @@ def show(text: str, end: str = "\n") -> None:
         raise RuntimeError(f"Standard output cannot be written: {error.strerror}.") from None
 
 
-def announce_compiling(compile: str | None) -> None:
-    """Say why nothing comes for a while: torch compiles at the first use, without a word."""
-    from llama.parallel import world
-
-    if compile is not None and world()[0] == 0:
-        print(
-            "llama: torch compiles the steps first, which takes a minute or more", file=sys.stderr
-        )
-
-
 def show_rows(
     pieces: Iterable, heading: Callable[[int], str] = lambda row: "", live: bool = False
 ) -> None:
